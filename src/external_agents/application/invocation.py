@@ -1,0 +1,186 @@
+"""The invocation pipeline: admitted, owned by a task of its own, attempted, settled, told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+import attrs
+
+from external_agents.application.access import Witness
+from external_agents.domain.access import Principal
+from external_agents.domain.agent import ExternalAgent
+from external_agents.domain.auth import Credentials
+from external_agents.domain.errors import Unavailable
+from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
+from external_agents.domain.retry import attempt_timeout_s, next_delay_s
+from external_agents.ports.ledger import InvocationLedger
+from external_agents.ports.observability import InvocationRecord
+from external_agents.ports.system import Clock, IdSource
+from external_agents.ports.transport import AgentRequest, AgentTransport
+
+SETTLE_PATIENCE_S = 5.0
+"""How long a caller waits for a settlement that cannot be stored; the settlement itself is tried until it is."""
+
+_log = logging.getLogger(__name__)
+
+
+class TaskKeeper:
+    """Tasks that belong to the process, not to a request: a caller who goes away cancels none of them."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Wait for all of them, at most `timeout_s`. Returns how many were left running."""
+        if not self._tasks:
+            return 0
+        _, left = await asyncio.wait(set(self._tasks), timeout=timeout_s)
+        return len(left)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            _log.error("an invocation's task failed; recovery will end the invocation", exc_info=error)
+
+
+@attrs.frozen(kw_only=True)
+class Assignment:
+    """An admitted invocation with all that is needed to carry it out."""
+
+    principal: Principal
+    agent: ExternalAgent
+    credentials: Credentials
+    invocation: ExternalAgentInvocation
+
+
+class InvocationPipeline:
+    """Carries out admitted invocations."""
+
+    def __init__(
+        self,
+        *,
+        ledger: InvocationLedger,
+        transport: AgentTransport,
+        clock: Clock,
+        ids: IdSource,
+        witness: Witness,
+        tasks: TaskKeeper,
+    ) -> None:
+        self._ledger = ledger
+        self._transport = transport
+        self._clock = clock
+        self._ids = ids
+        self._witness = witness
+        self._tasks = tasks
+
+    async def carry_out(self, assignment: Assignment) -> ExternalAgentInvocation:
+        """
+        The invocation as it ended. Cancelling this call does not cancel the invocation.
+
+        Raises:
+            Unavailable: It has ended, but that could not be stored yet; `invocation_id` tells where it will appear.
+        """
+        answer: asyncio.Future[ExternalAgentInvocation] = asyncio.get_running_loop().create_future()
+        self._tasks.start(self._run(assignment, answer))
+        return await answer
+
+    async def _run(self, assignment: Assignment, answer: asyncio.Future[ExternalAgentInvocation]) -> None:
+        try:
+            finished = await self._attempt(assignment)
+            stored = await self._settle(finished, answer)
+        except BaseException as error:
+            _answer(answer, error if isinstance(error, Exception) else Unavailable("The service"))
+            raise
+        self._witness(
+            InvocationRecord(
+                at=self._clock.now(),
+                principal=assignment.principal,
+                agent_id=assignment.agent.id,
+                trace_id=stored.trace_id,
+                invocation=stored,
+            )
+        )
+        _answer(answer, stored)
+
+    async def _attempt(self, assignment: Assignment) -> ExternalAgentInvocation:
+        agent, invocation = assignment.agent, assignment.invocation
+        started_s = self._clock.monotonic_s()
+        attempts: tuple[Attempt, ...] = ()
+        may_have_run = False
+        while True:
+            outcome, attempt = await self._exchange(assignment, self._clock.monotonic_s() - started_s)
+            attempts += (attempt,)
+            may_have_run |= outcome.may_have_run
+            elapsed_s = self._clock.monotonic_s() - started_s
+            delay_s = next_delay_s(
+                outcome,
+                attempt=len(attempts),
+                max_attempts=agent.max_attempts,
+                elapsed_s=elapsed_s,
+                jitter=self._ids.jitter(),
+            )
+            if delay_s is None:
+                return invocation.concluded(
+                    outcome,
+                    attempts,
+                    currency=agent.budget.currency,
+                    charged_anyway=may_have_run,
+                    execution_time_ms=round(elapsed_s * 1000),
+                    at=self._clock.now(),
+                )
+            await self._clock.sleep(delay_s)
+
+    async def _exchange(self, assignment: Assignment, elapsed_s: float) -> tuple[Outcome, Attempt]:
+        agent, invocation = assignment.agent, assignment.invocation
+        at, began_s = self._clock.now(), self._clock.monotonic_s()
+        outcome = await self._transport.exchange(
+            AgentRequest(
+                org_id=agent.org_id,
+                agent_id=agent.id,
+                url=agent.webhook_url,
+                body=invocation.request,
+                headers={"Idempotency-Key": str(invocation.id), "traceparent": _traceparent(invocation)},
+                credentials=assignment.credentials,
+                timeout_s=attempt_timeout_s(agent.timeout_s, elapsed_s),
+            )
+        )
+        return outcome, Attempt.of(outcome, at, round((self._clock.monotonic_s() - began_s) * 1000))
+
+    async def _settle(
+        self, finished: ExternalAgentInvocation, answer: asyncio.Future[ExternalAgentInvocation]
+    ) -> ExternalAgentInvocation:
+        began_s = self._clock.monotonic_s()
+        pause_s = 0.1
+        while True:
+            try:
+                return await self._ledger.settle(finished)
+            except Unavailable as outage:
+                if self._clock.monotonic_s() - began_s >= SETTLE_PATIENCE_S:
+                    _answer(answer, Unavailable("The ledger", invocation_id=finished.id))
+                _log.warning("settling invocation %s waits: %s", finished.id, outage)
+            await self._clock.sleep(pause_s)
+            pause_s = min(2.0, pause_s * 2)
+
+
+def _answer(future: asyncio.Future[ExternalAgentInvocation], result: ExternalAgentInvocation | BaseException) -> None:
+    """Whoever waited may have gone, or have been answered before."""
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+        future.exception()  # Marks it as seen: nobody may be waiting.
+    else:
+        future.set_result(result)
+
+
+def _traceparent(invocation: ExternalAgentInvocation) -> str:
+    """W3C Trace Context, version 00, sampled; the span is named after the random half of the invocation's id."""
+    return f"00-{invocation.trace_id}-{invocation.id.int & 0xFFFFFFFFFFFFFFFF:016x}-01"

@@ -1,0 +1,198 @@
+"""Turning what a caller sends into an agent, and an agent's secrets into sealed ones and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from uuid import UUID
+
+from external_agents.domain.agent import DEFAULTS, AgentStatus, ExternalAgent
+from external_agents.domain.auth import EVERYTHING, Credentials
+from external_agents.domain.catalog import Catalog, join_secrets, split_secrets
+from external_agents.domain.egress import Destination, UrlRules
+from external_agents.domain.errors import Fault, ValidationError
+from external_agents.domain.json_values import JsonValue, dumps, merge_patch, plain_value
+from external_agents.ports.secrets import SecretBox, SecretContext
+
+Document = Mapping[str, JsonValue]
+"""A whole agent as its owner describes it, secrets included."""
+
+
+class Registrar:
+    """Knows the catalog, the rules for URLs, and how secrets are kept."""
+
+    def __init__(self, catalog: Catalog, url_rules: UrlRules, secret_box: SecretBox) -> None:
+        self._catalog = catalog
+        self._url_rules = url_rules
+        self._secret_box = secret_box
+
+    def check_auth_config(self, auth_type: JsonValue, config: JsonValue) -> None:
+        """
+        Raises:
+            ValidationError: Every fault of the config.
+        """
+        _raise_if(self._catalog.auth_faults(auth_type, plain_value(config), self._url_rules, ""))
+
+    def check_platform_config(self, provider: JsonValue, config: JsonValue) -> None:
+        """
+        Raises:
+            ValidationError: Every fault of the config.
+        """
+        _raise_if(self._catalog.platform_faults(provider, plain_value(config), self._url_rules, ""))
+
+    def register(self, document: JsonValue, *, agent_id: UUID, org_id: str, by: str, at: datetime) -> ExternalAgent:
+        """
+        Raises:
+            ValidationError: Every fault of the document.
+        """
+        document = plain_value(document)
+        self._catalog.check_agent(document, self._url_rules)
+        return ExternalAgent(
+            **self._fields({**DEFAULTS, **document}, org_id, agent_id),
+            id=agent_id,
+            org_id=org_id,
+            created_by=by,
+            updated_by=by,
+            created_at=at,
+            updated_at=at,
+        )
+
+    def amend(self, agent: ExternalAgent, patch: JsonValue, *, by: str, at: datetime) -> ExternalAgent:
+        """
+        The agent changed by a JSON merge patch.
+
+        Raises:
+            ValidationError: Every fault of the patch and of the merged whole.
+        """
+        patch = plain_value(patch)
+        self._catalog.patch_schema.check(patch)
+        current = self._document(agent)
+        if patch.get("auth_type", agent.auth_type) != agent.auth_type:
+            del current["auth_config"]
+        merged = merge_patch(current, patch)
+        faults = list(self._kept_secret_faults(agent, current, merged, patch))
+        try:
+            self._catalog.check_agent(merged, self._url_rules)
+        except ValidationError as invalid:
+            faults += invalid.errors
+        _raise_if(faults)
+        return agent.changed(self._fields({**DEFAULTS, **merged}, agent.org_id, agent.id), by=by, at=at)
+
+    def credentials(self, agent: ExternalAgent) -> Credentials:
+        """
+        What the agent is to receive.
+
+        Raises:
+            SecretUnreadable: An envelope cannot be opened.
+        """
+        return self._catalog.auth_schemes[agent.auth_type].credentials(self._document(agent)["auth_config"])
+
+    def _fields(self, document: Document, org_id: str, agent_id: UUID) -> dict[str, JsonValue]:
+        scheme = self._catalog.auth_schemes[document["auth_type"]]
+        platform = self._catalog.platforms[document["provider"]]
+        auth_config, auth_secrets = split_secrets(document["auth_config"], scheme.secret_fields, "auth_config")
+        platform_config, platform_secrets = split_secrets(
+            document["platform_config"], platform.secret_fields, "platform_config"
+        )
+        contexts = self._contexts(document, org_id, agent_id)
+        return {
+            **document,
+            "auth_config": auth_config,
+            "platform_config": platform_config,
+            "tags": tuple(document["tags"]),
+            "timeout_s": float(document["timeout_s"]),
+            "status": AgentStatus(document["status"]),
+            "sealed": {
+                path: self._secret_box.seal(dumps(value).encode(), contexts(path))
+                for path, value in {**auth_secrets, **platform_secrets}.items()
+            },
+        }
+
+    def _document(self, agent: ExternalAgent) -> dict[str, JsonValue]:
+        document: dict[str, JsonValue] = {
+            "name": agent.name,
+            "description": agent.description,
+            "provider": agent.provider,
+            "webhook_url": agent.webhook_url,
+            "auth_type": agent.auth_type,
+            "auth_config": agent.auth_config,
+            "platform_config": agent.platform_config,
+            "rate_limit_config": agent.rate_limit_config,
+            "budget_config": agent.budget_config,
+            "tags": list(agent.tags),
+            "timeout_s": agent.timeout_s,
+            "max_attempts": agent.max_attempts,
+            "status": agent.status.value,
+        }
+        contexts = self._contexts(document, agent.org_id, agent.id)
+        secrets = {
+            path: plain_value(json.loads(self._secret_box.open(envelope, contexts(path))))
+            for path, envelope in agent.sealed.items()
+        }
+        for path in ("auth_config", "platform_config"):
+            document[path] = join_secrets(document[path], secrets, path)
+        return document
+
+    def _contexts(self, document: Document, org_id: str, agent_id: UUID) -> _Contexts:
+        return _Contexts(
+            org_id,
+            str(agent_id),
+            " ".join(self._auth_origins(document)),
+            self._catalog.platforms[document["provider"]].secret_destination,
+        )
+
+    def _auth_origins(self, document: Document) -> list[str]:
+        """Where the auth secrets go, or what they fetch: the origin of webhook_url, then those of the config's URLs."""
+        scheme = self._catalog.auth_schemes[document["auth_type"]]
+        urls = [document["webhook_url"], *(document["auth_config"][name] for name in scheme.url_fields)]
+        return [Destination.of(url).origin for url in urls]
+
+    def _kept_secret_faults(
+        self, agent: ExternalAgent, current: Document, merged: Document, patch: Document
+    ) -> Iterator[Fault]:
+        """A secret that was entrusted for one origin does not follow the agent to another."""
+        if "auth_config" not in current or not self._origin_changes(current, merged):
+            return
+        message = "must be sent again, because the origin that it goes to changes"
+        given = patch.get("auth_config", {})
+        if self._catalog.auth_schemes[agent.auth_type].secret_fields == EVERYTHING:
+            if _keeps_any(current["auth_config"], given):
+                yield Fault("auth_config", message)
+            return
+        for path in agent.sealed:
+            name = path.removeprefix("auth_config.")
+            if name != path and not (isinstance(given, Mapping) and name in given):
+                yield Fault(path, message)
+
+    def _origin_changes(self, current: Document, merged: Document) -> bool:
+        try:
+            return self._auth_origins(current) != self._auth_origins(merged)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return True  # The merged document is invalid in itself, which check_agent tells.
+
+
+class _Contexts:
+    def __init__(self, org_id: str, agent_id: str, auth_destination: str, platform_destination: str) -> None:
+        self._org_id, self._agent_id = org_id, agent_id
+        self._destinations = {"auth_config": auth_destination, "platform_config": platform_destination}
+
+    def __call__(self, path: str) -> SecretContext:
+        return SecretContext(
+            org_id=self._org_id,
+            agent_id=self._agent_id,
+            field=path,
+            destination=self._destinations[path.partition(".")[0]],
+        )
+
+
+def _keeps_any(stored: JsonValue, given: JsonValue) -> bool:
+    """Whether merging `given` into `stored` leaves any stored value in place."""
+    if not isinstance(stored, Mapping) or not isinstance(given, Mapping):
+        return False
+    return any(name not in given or _keeps_any(value, given[name]) for name, value in stored.items())
+
+
+def _raise_if(faults: list[Fault]) -> None:
+    if faults:
+        raise ValidationError(faults)

@@ -1,0 +1,495 @@
+"""The use cases: registering agents, invoking them, reading the record."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from itertools import count
+from typing import TypeAlias
+from uuid import UUID
+
+import attrs
+
+from external_agents.application.access import AccessControl, Witness
+from external_agents.application.invocation import Assignment, InvocationPipeline, TaskKeeper
+from external_agents.application.parameters import (
+    LIMIT_MAX,
+    PAGE_MAX,
+    AgentPage,
+    InvocationPage,
+    ParameterReader,
+    cursor_of,
+)
+from external_agents.application.records import finished_call
+from external_agents.application.registration import Registrar
+from external_agents.domain.access import Action, Principal
+from external_agents.domain.agent import AgentStatus, ExternalAgent
+from external_agents.domain.catalog import BUILT_IN, Catalog
+from external_agents.domain.egress import UrlRules
+from external_agents.domain.errors import (
+    AdmissionRefused,
+    AgentInactive,
+    AgentNotFound,
+    Fault,
+    StaleVersion,
+    Unavailable,
+    ValidationError,
+)
+from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
+from external_agents.domain.json_values import JsonText, JsonValue
+from external_agents.domain.rate_limit import RateQuotas
+from external_agents.ports.ledger import Admission, AdmissionRequest, InvocationLedger
+from external_agents.ports.observability import InvocationRecord, ObservabilityManager
+from external_agents.ports.policy import PolicyDecisionPoint
+from external_agents.ports.repositories import (
+    AgentQuery,
+    AgentReader,
+    AgentWriter,
+    InvocationQuery,
+    InvocationReader,
+)
+from external_agents.ports.secrets import SecretBox
+from external_agents.ports.system import Clock, IdSource
+from external_agents.ports.transport import AgentTransport
+
+LINEAGE_HOP_ID_MAX = 200
+DRAIN_S = 135.0
+"""Longer than any invocation may take, so that draining loses none."""
+
+_RACES_MAX = 10
+_JUDGED_AT_ONCE = 500
+
+Versions: TypeAlias = Collection[int]
+
+
+@attrs.frozen
+class Invoked:
+    """An invocation as it ended, and what is left of the agent's limits since its admission."""
+
+    invocation: ExternalAgentInvocation
+    quotas: RateQuotas
+
+
+class ExternalAgentService:
+    """
+    What an organisation does with agents that live elsewhere.
+
+    Every method takes the principal first and stays within its organisation; another organisation's agent does not
+    exist. What is checked comes in this order: existence, permission, version, input, state, limits.
+
+    The constructor takes ports, by keyword. The service does not own them: whoever opened them closes them, after
+    `drain`.
+
+    Raises:
+        PermissionDenied: The policies do not allow it. From every method.
+        Unavailable: Something that the service stands on is down. From every method.
+    """
+
+    def __init__(
+        self,
+        *,
+        agent_reader: AgentReader,
+        agent_writer: AgentWriter,
+        invocation_reader: InvocationReader,
+        ledger: InvocationLedger,
+        policy: PolicyDecisionPoint,
+        transport: AgentTransport,
+        secret_box: SecretBox,
+        observability: ObservabilityManager,
+        url_rules: UrlRules,
+        clock: Clock,
+        ids: IdSource,
+        catalog: Catalog = BUILT_IN,
+    ) -> None:
+        self.catalog = catalog
+        self._reader = agent_reader
+        self._writer = agent_writer
+        self._invocations = invocation_reader
+        self._ledger = ledger
+        self._clock = clock
+        self._ids = ids
+        self._witness = Witness(observability)
+        self._access = AccessControl(policy, clock, self._witness)
+        self._registrar = Registrar(catalog, url_rules, secret_box)
+        self._tasks = TaskKeeper()
+        self._pipeline = InvocationPipeline(
+            ledger=ledger, transport=transport, clock=clock, ids=ids, witness=self._witness, tasks=self._tasks
+        )
+
+    async def drain(self, timeout_s: float = DRAIN_S) -> int:
+        """Wait for the running invocations to end, at most `timeout_s`. Returns how many were left running."""
+        return await self._tasks.drain(timeout_s)
+
+    def validate_auth_config(self, auth_type: str, config: JsonValue) -> None:
+        """
+        Judge an auth_config with its secrets, as `create_agent` would.
+
+        Args:
+            auth_type: `oauth2`, `api_key`, `bearer`, `basic`, `custom`, `none`, or one that was added.
+
+        Raises:
+            ValidationError: `errors` names every fault; paths are relative to the config (`client_id`).
+        """
+        self._registrar.check_auth_config(auth_type, config)
+
+    def validate_platform_config(self, provider: str, config: JsonValue) -> None:
+        """
+        Judge a platform_config with its secrets, as `create_agent` would.
+
+        Args:
+            provider: `teams`, `discord`, `slack`, `telegram`, `notion`, `custom`, or one that was added.
+
+        Raises:
+            ValidationError: `errors` names every fault; paths are relative to the config (`tenant_id`).
+        """
+        self._registrar.check_platform_config(provider, config)
+
+    async def create_agent(self, principal: Principal, document: JsonValue) -> ExternalAgent:
+        """
+        Register an agent.
+
+        Args:
+            document: The fields of the API's create body.
+
+        Raises:
+            ValidationError: `errors` names every fault of the document.
+        """
+        await self._access.require(principal, Action.CREATE)
+        agent = self._registrar.register(
+            document,
+            agent_id=self._ids.new_id(),
+            org_id=principal.org_id,
+            by=principal.subject,
+            at=self._clock.now(),
+        )
+        await self._writer.create(agent)
+        return agent
+
+    async def get_agent(self, principal: Principal, agent_id: UUID) -> ExternalAgent:
+        """
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+        """
+        return await self._permitted_agent(principal, Action.READ, agent_id)
+
+    async def list_agents(
+        self,
+        principal: Principal,
+        *,
+        page: int | str = 1,
+        limit: int | str = 20,
+        status: str | None = None,
+        provider: str | None = None,
+        tag: str | None = None,
+        q: str | None = None,
+        **unknown: object,
+    ) -> AgentPage:
+        """
+        A page of the organisation's agents, newest first; deleted ones only with `status="deleted"`.
+
+        Args:
+            page: From 1.
+            limit: 1 to 100.
+            q: A part of the name or the description, whatever the case.
+
+        Raises:
+            ValidationError: A parameter is unknown or out of range.
+        """
+        await self._access.require(principal, Action.READ)
+        read = ParameterReader(unknown)
+        number, size = read.whole("page", page, maximum=PAGE_MAX), read.whole("limit", limit, maximum=LIMIT_MAX)
+        query = AgentQuery(
+            org_id=principal.org_id,
+            status=read.choice("status", status, AgentStatus),
+            provider=read.member("provider", provider, list(self.catalog.platforms)),
+            tag=read.text("tag", tag),
+        )
+        text = read.text("q", q)
+        read.finish()
+        offset = (number - 1) * size
+        if self._access.judges_lists_by_agent:
+            permitted = await self._permitted_agents(principal, query, text)
+            items, total = permitted[offset : offset + size], len(permitted)
+        else:
+            items = await self._matching(query, text, offset=offset, limit=size)
+            total = await self._reader.count(query, text=text)
+        return AgentPage(items=items, page=number, limit=size, total=total)
+
+    async def update_agent(
+        self, principal: Principal, agent_id: UUID, patch: JsonValue, *, if_version: Versions | None = None
+    ) -> ExternalAgent:
+        """
+        Change an agent by a JSON merge patch (RFC 7396).
+
+        Args:
+            if_version: Change it only while its version is one of these.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+            StaleVersion: Its version is none of `if_version`.
+            ValidationError: Every fault of the patch and of the merged whole.
+        """
+        for _ in range(_RACES_MAX):
+            agent = await self._permitted_agent(principal, Action.UPDATE, agent_id)
+            _require_version(agent, if_version)
+            amended = self._registrar.amend(agent, patch, by=principal.subject, at=self._clock.now())
+            try:
+                await self._writer.update(amended)
+            except StaleVersion:
+                continue
+            return amended
+        raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
+
+    async def delete_agent(self, principal: Principal, agent_id: UUID, *, if_version: Versions | None = None) -> None:
+        """
+        Mark an agent as deleted; its record and its invocations stay, its secrets go.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted already.
+            StaleVersion: Its version is none of `if_version`.
+        """
+        for _ in range(_RACES_MAX):
+            agent = await self._permitted_agent(principal, Action.DELETE, agent_id)
+            _require_version(agent, if_version)
+            try:
+                await self._writer.delete(agent.deleted(by=principal.subject, at=self._clock.now()))
+            except StaleVersion:
+                continue
+            return
+        raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
+
+    async def invoke_agent(
+        self,
+        principal: Principal,
+        agent_id: UUID,
+        payload: JsonValue | JsonText,
+        *,
+        trace_id: str | None = None,
+        lineage_hop_id: str | None = None,
+    ) -> ExternalAgentInvocation:
+        """
+        Call an agent under its limits and keep the record.
+
+        The payload is POSTed to webhook_url with the agent's credentials, tried up to max_attempts times, each at most
+        timeout_s. Whoever cancels this call does not cancel the invocation.
+
+        Args:
+            payload: Any JSON value; a `JsonText` is forwarded byte for byte.
+            trace_id: 32 hex digits of the trace this belongs to; a new one by default.
+            lineage_hop_id: At most 200 characters.
+
+        Returns:
+            The invocation as it ended; look at its status: an agent that failed is no error of this call.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+            ValidationError: The payload is no JSON value, or the hop id is too long.
+            AgentInactive: It is switched off.
+            RateLimited: A window is full; nothing was recorded or sent.
+            BudgetExceeded: The monthly cap is reached; nothing was recorded or sent.
+            Unavailable: With `invocation_id`: it has ended, but that could not be stored yet. Look it up.
+        """
+        invoked = await self.invoke(principal, agent_id, payload, trace_id=trace_id, lineage_hop_id=lineage_hop_id)
+        return invoked.invocation
+
+    async def invoke(
+        self,
+        principal: Principal,
+        agent_id: UUID,
+        payload: JsonValue | JsonText,
+        *,
+        trace_id: str | None = None,
+        lineage_hop_id: str | None = None,
+    ) -> Invoked:
+        """`invoke_agent`, with what is left of the limits."""
+        trace_id = trace_id or self._ids.new_trace_id()
+        for _ in range(_RACES_MAX):
+            agent = await self._permitted_agent(principal, Action.INVOKE, agent_id)
+            request = self._admission_request(principal, agent, payload, trace_id, lineage_hop_id)
+            credentials = self._registrar.credentials(agent)
+            try:
+                admission = await self._admit(principal, request)
+            except StaleVersion:
+                continue
+            invocation = await self._pipeline.carry_out(
+                Assignment(principal=principal, agent=agent, credentials=credentials, invocation=admission.invocation)
+            )
+            return Invoked(invocation, admission.quotas)
+        raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
+
+    async def check_rate_limit(self, principal: Principal, agent_id: UUID) -> bool:
+        """
+        Whether the rate limits would admit an invocation now. Takes no place.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+        """
+        await self._permitted_agent(principal, Action.INVOKE, agent_id)
+        return not (await self._ledger.forecast(principal.org_id, agent_id)).rate_limited
+
+    async def check_budget(self, principal: Principal, agent_id: UUID) -> bool:
+        """
+        Whether the budget would cover an invocation now. Reserves nothing.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+        """
+        await self._permitted_agent(principal, Action.INVOKE, agent_id)
+        return not (await self._ledger.forecast(principal.org_id, agent_id)).over_budget
+
+    async def log_invocation(self, principal: Principal, agent_id: UUID, record: JsonValue) -> ExternalAgentInvocation:
+        """
+        Store a finished call that the host made itself. It takes no place in the limits and is charged nothing.
+
+        Args:
+            record: `status` (`succeeded`, `failed` or `unknown`) and `request_payload`; optionally `response_payload`,
+                `response_status`, `execution_time_ms`, `error_code`, `error_message`, `lineage_hop_id`, `trace_id`.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+            ValidationError: Every fault of the record.
+        """
+        agent = await self._permitted_agent(principal, Action.INVOKE, agent_id)
+        invocation = finished_call(
+            record,
+            agent=agent,
+            initiated_by=principal.subject,
+            invocation_id=self._ids.new_id(),
+            trace_id=self._ids.new_trace_id(),
+            at=self._clock.now(),
+        )
+        await self._ledger.record(invocation)
+        return invocation
+
+    async def list_invocations(
+        self,
+        principal: Principal,
+        agent_id: UUID | None = None,
+        *,
+        status: str | None = None,
+        since: datetime | str | None = None,
+        until: datetime | str | None = None,
+        limit: int | str = 20,
+        cursor: str | None = None,
+        **unknown: object,
+    ) -> InvocationPage:
+        """
+        Invocations of one agent (deleted ones too), or of all agents of the organisation; newest first.
+
+        Args:
+            since: Inclusive; aware, or RFC 3339 text with an offset.
+            until: Exclusive.
+            limit: 1 to 100.
+            cursor: The `next_cursor` of the page before.
+
+        Raises:
+            AgentNotFound: There is no such agent.
+            ValidationError: A parameter is unknown or out of range.
+        """
+        agent_ids: frozenset[UUID] | None = None
+        if agent_id is not None:
+            await self._access.require(principal, Action.READ, await self._reader.read(principal.org_id, agent_id))
+            agent_ids = frozenset({agent_id})
+        else:
+            await self._access.require(principal, Action.READ)
+        read = ParameterReader(unknown)
+        size = read.whole("limit", limit, maximum=LIMIT_MAX)
+        query = InvocationQuery(
+            org_id=principal.org_id,
+            agent_ids=agent_ids,
+            status=read.choice("status", status, InvocationStatus),
+            since=read.moment("since", since),
+            until=read.moment("until", until),
+            before_id=read.cursor("cursor", cursor),
+        )
+        read.finish()
+        if agent_id is None and self._access.judges_lists_by_agent:
+            query = attrs.evolve(query, agent_ids=await self._readable_agent_ids(principal))
+        found = list(await self._invocations.list(query, limit=size + 1))
+        more = len(found) > size
+        return InvocationPage(items=found[:size], next_cursor=cursor_of(found[size - 1]) if more else None)
+
+    async def get_invocation(
+        self, principal: Principal, agent_id: UUID, invocation_id: UUID
+    ) -> ExternalAgentInvocation:
+        """
+        Raises:
+            AgentNotFound: There is no such agent; a deleted one is still there for this.
+            InvocationNotFound: The agent has no such invocation.
+        """
+        agent = await self._reader.read(principal.org_id, agent_id)
+        invocation = await self._invocations.read(principal.org_id, agent_id, invocation_id)
+        await self._access.require(principal, Action.READ, agent)
+        return invocation
+
+    async def _permitted_agent(self, principal: Principal, action: Action, agent_id: UUID) -> ExternalAgent:
+        agent = await self._reader.read(principal.org_id, agent_id)
+        if agent.is_deleted:
+            raise AgentNotFound
+        await self._access.require(principal, action, agent)
+        return agent
+
+    async def _matching(self, query: AgentQuery, text: str | None, *, offset: int, limit: int) -> list[ExternalAgent]:
+        if text:
+            return list(await self._reader.search(query, text, offset=offset, limit=limit))
+        return list(await self._reader.list(query, offset=offset, limit=limit))
+
+    async def _permitted_agents(self, principal: Principal, query: AgentQuery, text: str | None) -> list[ExternalAgent]:
+        permitted: list[ExternalAgent] = []
+        for offset in count(0, _JUDGED_AT_ONCE):
+            agents = await self._matching(query, text, offset=offset, limit=_JUDGED_AT_ONCE)
+            permitted += await self._access.permitted(principal, Action.READ, agents)
+            if len(agents) < _JUDGED_AT_ONCE:
+                break
+        return permitted
+
+    async def _readable_agent_ids(self, principal: Principal) -> frozenset[UUID]:
+        readable: set[UUID] = set()
+        for status in (None, AgentStatus.DELETED):
+            query = AgentQuery(org_id=principal.org_id, status=status)
+            readable |= {agent.id for agent in await self._permitted_agents(principal, query, None)}
+        return frozenset(readable)
+
+    def _admission_request(
+        self,
+        principal: Principal,
+        agent: ExternalAgent,
+        payload: JsonValue | JsonText,
+        trace_id: str,
+        lineage_hop_id: str | None,
+    ) -> AdmissionRequest:
+        if lineage_hop_id is not None and not 1 <= len(lineage_hop_id) <= LINEAGE_HOP_ID_MAX:
+            raise ValidationError([Fault("X-Lineage-Hop-Id", f"must have 1 to {LINEAGE_HOP_ID_MAX} characters")])
+        request = payload if isinstance(payload, JsonText) else JsonText.of(payload)
+        if agent.status is AgentStatus.INACTIVE:
+            raise AgentInactive
+        return AdmissionRequest(
+            invocation_id=self._ids.new_id(),
+            org_id=principal.org_id,
+            agent_id=agent.id,
+            agent_version=agent.version,
+            initiated_by=principal.subject,
+            request=request,
+            trace_id=trace_id,
+            lineage_hop_id=lineage_hop_id,
+        )
+
+    async def _admit(self, principal: Principal, request: AdmissionRequest) -> Admission:
+        try:
+            return await self._ledger.admit(request)
+        except AdmissionRefused as refused:
+            self._witness(
+                InvocationRecord(
+                    at=self._clock.now(),
+                    principal=principal,
+                    agent_id=request.agent_id,
+                    trace_id=request.trace_id,
+                    refusal=type(refused).__name__,
+                )
+            )
+            raise
+
+
+def _require_version(agent: ExternalAgent, versions: Versions | None) -> None:
+    if versions is not None and agent.version not in versions:
+        raise StaleVersion

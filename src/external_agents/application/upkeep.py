@@ -1,0 +1,23 @@
+"""What a running process does in the background: prove that it lives, and end what dead ones left behind."""
+
+from __future__ import annotations
+
+import logging
+
+from external_agents.domain.errors import Unavailable
+from external_agents.ports.ledger import HEARTBEAT_S, InvocationLedger
+from external_agents.ports.system import Clock
+
+_log = logging.getLogger(__name__)
+
+
+async def keep_up(ledger: InvocationLedger, clock: Clock) -> None:
+    """Heartbeat and recovery every HEARTBEAT_S, until cancelled."""
+    while True:
+        try:
+            await ledger.heartbeat()
+            if recovered := await ledger.recover():
+                _log.warning("%d interrupted invocations ended as unknown", recovered)
+        except Unavailable as outage:
+            _log.warning("heartbeat and recovery wait: %s", outage)
+        await clock.sleep(HEARTBEAT_S)

@@ -1,0 +1,186 @@
+"""
+Rate limits: sliding windows of a minute, an hour and a day, exact to one side.
+
+A window is 51 buckets, each a fiftieth of the window wide: the current one and the 50 whole ones before it. What is
+counted therefore reaches back between 50 and 51 buckets, so no stretch of the window's length ever holds more than the
+limit, and a place comes free at most one bucket, 2 % of the window, late. The state is bounded however high the limit.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+
+import attrs
+
+from external_agents.domain.errors import Fault
+from external_agents.domain.json_values import JsonValue
+from external_agents.domain.schema import Schema
+
+BUCKETS = 51
+LIMIT_MAX = 1_000_000_000
+
+
+class Window(enum.Enum):
+    MINUTE = "minute"
+    HOUR = "hour"
+    DAY = "day"
+
+    @property
+    def seconds(self) -> int:
+        return _SECONDS[self]
+
+    @property
+    def bucket_s(self) -> float:
+        return self.seconds / (BUCKETS - 1)
+
+
+_SECONDS = {Window.MINUTE: 60, Window.HOUR: 3_600, Window.DAY: 86_400}
+
+RATE_LIMIT_CONFIG_SCHEMA = {
+    "type": "object",
+    "description": "How many invocations are admitted in any stretch of a minute, an hour, a day. 0 admits none.",
+    "properties": {
+        f"requests_per_{window.value}": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": LIMIT_MAX,
+            "description": f"At most this many in any stretch of {window.seconds:,} s.",
+        }
+        for window in Window
+    },
+    "additionalProperties": False,
+    "examples": [{"requests_per_minute": 60, "requests_per_day": 5000}],
+}
+
+_schema = Schema(RATE_LIMIT_CONFIG_SCHEMA)
+
+
+def rate_limit_faults(config: JsonValue, path: str = "rate_limit_config") -> list[Fault]:
+    """Every fault of a rate_limit_config."""
+    return _schema.faults(config, path)
+
+
+def limits_of(config: Mapping[str, JsonValue] | None) -> dict[Window, int]:
+    """The limits that a validated rate_limit_config sets."""
+    config = config or {}
+    return {window: config[name] for window in Window if (name := f"requests_per_{window.value}") in config}
+
+
+@attrs.frozen
+class WindowCount:
+    """
+    What one window has admitted.
+
+    Attributes:
+        head: The number of the current bucket since the epoch.
+        counts: 51 counts; the one of bucket b stands at b % 51.
+    """
+
+    head: int = 0
+    counts: tuple[int, ...] = (0,) * BUCKETS
+
+    def advanced(self, window: Window, now_s: float) -> WindowCount:
+        """The same at a later time; a clock that went back changes nothing."""
+        head = math.floor(now_s / window.bucket_s)
+        if head <= self.head:
+            return self
+        counts = list(self.counts)
+        for bucket in range(max(self.head + 1, head - BUCKETS + 1), head + 1):
+            counts[bucket % BUCKETS] = 0
+        return WindowCount(head, tuple(counts))
+
+    @property
+    def used(self) -> int:
+        return sum(self.counts)
+
+    def taken(self, places: int = 1) -> WindowCount:
+        """The same with `places` more in the current bucket (negative: given back)."""
+        counts = list(self.counts)
+        counts[self.head % BUCKETS] += places
+        return WindowCount(self.head, tuple(counts))
+
+    def free_after_s(self, window: Window, limit: int, now_s: float) -> float:
+        """Seconds until one more is admitted under `limit`, if nothing else is admitted meanwhile."""
+        if limit == 0:
+            return float(window.seconds)
+        surplus = self.used - limit + 1
+        for bucket in range(self.head - BUCKETS + 1, self.head + 1):
+            if surplus <= 0:
+                break
+            surplus -= self.counts[bucket % BUCKETS]
+            if surplus <= 0:
+                return max(0.0, (bucket + BUCKETS) * window.bucket_s - now_s)
+        return 0.0
+
+    def oldest_leaves_after_s(self, window: Window, now_s: float) -> float:
+        """Seconds until the oldest counted invocation leaves the window; 0 when none is counted."""
+        for bucket in range(self.head - BUCKETS + 1, self.head + 1):
+            if self.counts[bucket % BUCKETS]:
+                return max(0.0, (bucket + BUCKETS) * window.bucket_s - now_s)
+        return 0.0
+
+
+@attrs.frozen
+class Quota:
+    """One limit as it stands: what is left of it, and in how many seconds the next place comes free."""
+
+    window: Window
+    limit: int
+    used: int
+    resets_in_s: float
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.limit - self.used)
+
+
+@attrs.frozen
+class RateQuotas:
+    """The quotas of the limits that are set, in the order minute, hour, day."""
+
+    quotas: tuple[Quota, ...] = ()
+
+
+@attrs.frozen
+class RateWindows:
+    """
+    The three windows of one agent, taken together: all or nothing.
+
+    They count whether or not a limit is set, so that a limit added later knows what was admitted before.
+    """
+
+    minute: WindowCount = WindowCount()
+    hour: WindowCount = WindowCount()
+    day: WindowCount = WindowCount()
+
+    def __getitem__(self, window: Window) -> WindowCount:
+        counts: WindowCount = getattr(self, window.value)
+        return counts
+
+    def advanced(self, now_s: float) -> RateWindows:
+        return RateWindows(*(self[window].advanced(window, now_s) for window in Window))
+
+    def taken(self) -> RateWindows:
+        return RateWindows(*(self[window].taken() for window in Window))
+
+    def refusal(self, limits: Mapping[Window, int], now_s: float) -> tuple[Window, int] | None:
+        """The window that stands longest against one more, and for how many seconds, rounded up; None: admitted."""
+        waits = {
+            window: self[window].free_after_s(window, limit, now_s)
+            for window, limit in limits.items()
+            if self[window].used >= limit
+        }
+        if not waits:
+            return None
+        window = max(waits, key=lambda window: waits[window])
+        return window, max(1, math.ceil(waits[window]))
+
+    def quotas(self, limits: Mapping[Window, int], now_s: float) -> RateQuotas:
+        def quota(window: Window, limit: int) -> Quota:
+            counts = self[window]
+            wait = counts.free_after_s(window, limit, now_s) if counts.used >= limit else 0.0
+            return Quota(window, limit, counts.used, wait or counts.oldest_leaves_after_s(window, now_s))
+
+        return RateQuotas(tuple(quota(window, limit) for window, limit in limits.items()))

@@ -1,0 +1,126 @@
+"""Limits, budgets and the write-ahead record of invocations."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+from uuid import UUID
+
+import attrs
+
+from external_agents.domain.budget import BudgetAccount
+from external_agents.domain.invocation import ExternalAgentInvocation
+from external_agents.domain.json_values import JsonText
+from external_agents.domain.rate_limit import RateQuotas
+
+
+@attrs.frozen(kw_only=True)
+class AdmissionRequest:
+    """
+    What is asked of the ledger.
+
+    Attributes:
+        invocation_id: UUIDv7; its millisecond becomes created_at and decides the budget's month.
+        agent_version: The version that the caller decided on; an agent that has changed since is decided on anew.
+    """
+
+    invocation_id: UUID
+    org_id: str
+    agent_id: UUID
+    agent_version: int
+    initiated_by: str
+    request: JsonText
+    trace_id: str
+    lineage_hop_id: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Admission:
+    """An invocation recorded as running, its place taken, its cost reserved; and what is left of the limits."""
+
+    invocation: ExternalAgentInvocation
+    quotas: RateQuotas
+
+
+@attrs.frozen(kw_only=True)
+class Forecast:
+    """How an agent's limits stand, without taking anything."""
+
+    quotas: RateQuotas
+    rate_limited: bool
+    account: BudgetAccount
+    over_budget: bool
+
+
+class InvocationLedger(Protocol):
+    """
+    Rate limits, budgets and the record of invocations, kept together so that none can be true without the others.
+
+    The amounts come from the agent as the store holds it, inside the admission; callers never pass one. Each ledger
+    writes for one *instance*, a running process that proves by heartbeats that it lives. What an instance leaves
+    running when it is gone, another one's `recover` ends.
+
+    Raises:
+        Unavailable: The store cannot be reached; what became of the call is unknown. From every method.
+    """
+
+    @abstractmethod
+    async def admit(self, request: AdmissionRequest) -> Admission:
+        """
+        Take a place in all three windows, reserve the cost, record the invocation as running, durably; or do nothing.
+
+        Nothing may be sent to the agent before this returns.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+            StaleVersion: The agent has changed since; read it and decide again.
+            AgentInactive: The agent is switched off.
+            RateLimited: A window is full.
+            BudgetExceeded: Spent plus reserved would pass the cap.
+            Unavailable: Do not send; if it was recorded all the same, recovery will end it.
+        """
+        ...
+
+    @abstractmethod
+    async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+        """
+        Store how an admitted invocation ended, and turn its reservation into `finished.cost`; once.
+
+        Returns:
+            The invocation as it is stored. That is not `finished` where it had been ended before: a second settlement
+            changes nothing, and one that comes after recovery's verdict adds its attempts to the record as evidence.
+        """
+        ...
+
+    @abstractmethod
+    async def record(self, finished: ExternalAgentInvocation) -> None:
+        """Store a finished call that was made elsewhere. It takes no place and charges nothing."""
+        ...
+
+    @abstractmethod
+    async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
+        """
+        Raises:
+            AgentNotFound: The organisation has no such agent.
+        """
+        ...
+
+    @abstractmethod
+    async def heartbeat(self) -> None:
+        """Prove that this instance lives: call it every HEARTBEAT_S, and once before the first admission."""
+        ...
+
+    @abstractmethod
+    async def recover(self) -> int:
+        """
+        End as `unknown`, charged, what instances left running whose lease has run out; call it every HEARTBEAT_S.
+
+        Returns:
+            How many were ended.
+        """
+        ...
+
+
+HEARTBEAT_S = 10.0
+LEASE_S = 45.0
+"""An instance that has not been heard of for this long is taken for dead."""

@@ -1,0 +1,60 @@
+"""Telling others what happened."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from datetime import datetime
+from typing import Protocol, TypeAlias
+from uuid import UUID
+
+import attrs
+
+from external_agents.domain.access import Action, Principal
+from external_agents.domain.invocation import ExternalAgentInvocation
+
+
+@attrs.frozen(kw_only=True)
+class DecisionRecord:
+    """An access decision: who, what, on which agent, by which policies, allowed or denied."""
+
+    at: datetime
+    principal: Principal
+    action: Action
+    agent_id: UUID | None
+    allowed: bool
+    policy_ids: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class InvocationRecord:
+    """
+    An invocation as it ended; or, with `refusal`, one that was not admitted.
+
+    The payload and the answer are within `invocation`; an adapter that writes them anywhere takes on their secrecy.
+
+    Attributes:
+        refusal: The name of the error that stood against it (`RateLimited`).
+    """
+
+    at: datetime
+    principal: Principal
+    agent_id: UUID
+    trace_id: str
+    invocation: ExternalAgentInvocation | None = None
+    refusal: str | None = None
+
+
+Record: TypeAlias = DecisionRecord | InvocationRecord
+
+
+class ObservabilityManager(Protocol):
+    """
+    One callable that takes one frozen record per decision and per invocation.
+
+    It is called on the event loop, after the fact is durable: it returns at once and queues what takes longer. What it
+    raises is logged and changes nothing.
+    """
+
+    @abstractmethod
+    def __call__(self, record: Record) -> None: ...
