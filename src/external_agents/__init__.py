@@ -6,8 +6,9 @@ The domain's values, the errors and the service stand here; the ports in `extern
 `external_agents.bootstrap`.
 """
 
+from external_agents.application.invocation import Invoked
 from external_agents.application.parameters import AgentPage, InvocationPage
-from external_agents.application.service import ExternalAgentService, Invoked
+from external_agents.application.service import ExternalAgentService
 from external_agents.domain.access import AccessRequest, Action, Decision, Principal
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.auth import AuthScheme, ClientCredentials, FixedHeaders

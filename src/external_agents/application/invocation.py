@@ -13,10 +13,11 @@ from external_agents.application.access import Witness
 from external_agents.domain.access import Principal
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.auth import Credentials
-from external_agents.domain.errors import Unavailable
+from external_agents.domain.errors import AdmissionRefused, ExternalAgentsError, Unavailable
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
+from external_agents.domain.rate_limit import RateQuotas
 from external_agents.domain.retry import attempt_timeout_s, next_delay_s
-from external_agents.ports.ledger import InvocationLedger
+from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
 from external_agents.ports.observability import InvocationRecord
 from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentRequest, AgentTransport
@@ -48,21 +49,29 @@ class TaskKeeper:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            _log.error("an invocation's task failed; recovery will end the invocation", exc_info=error)
+            _log.error("an invocation's task failed; recovery ends the invocation after this process", exc_info=error)
+
+
+@attrs.frozen
+class Invoked:
+    """An invocation as it ended, and what was left of the agent's limits at its admission."""
+
+    invocation: ExternalAgentInvocation
+    quotas: RateQuotas
 
 
 @attrs.frozen(kw_only=True)
 class Assignment:
-    """An admitted invocation with all that is needed to carry it out."""
+    """What is to be invoked: the agent as it was decided on, what it is to receive, what the ledger is asked for."""
 
     principal: Principal
     agent: ExternalAgent
     credentials: Credentials
-    invocation: ExternalAgentInvocation
+    request: AdmissionRequest
 
 
 class InvocationPipeline:
-    """Carries out admitted invocations."""
+    """Carries out invocations, from their admission to their record."""
 
     def __init__(
         self,
@@ -81,24 +90,37 @@ class InvocationPipeline:
         self._witness = witness
         self._tasks = tasks
 
-    async def carry_out(self, assignment: Assignment) -> ExternalAgentInvocation:
+    async def carry_out(self, assignment: Assignment) -> Invoked:
         """
-        The invocation as it ended. Cancelling this call does not cancel the invocation.
+        Admit and invoke. Cancelling this call cancels neither: an admission whose answer nobody takes would never end.
 
         Raises:
-            Unavailable: It has ended, but that could not be stored yet; `invocation_id` tells where it will appear.
+            AgentNotFound, StaleVersion, AgentInactive, RateLimited, BudgetExceeded: As `InvocationLedger.admit` does.
+            Unavailable: It was not admitted; or, with `invocation_id`, it has ended and that could not be stored yet.
         """
-        answer: asyncio.Future[ExternalAgentInvocation] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Invoked] = asyncio.get_running_loop().create_future()
         self._tasks.start(self._run(assignment, answer))
         return await answer
 
-    async def _run(self, assignment: Assignment, answer: asyncio.Future[ExternalAgentInvocation]) -> None:
+    async def _run(self, assignment: Assignment, answer: asyncio.Future[Invoked]) -> None:
         try:
-            finished = await self._attempt(assignment)
-            stored = await self._settle(finished, answer)
-        except BaseException as error:
-            _answer(answer, error if isinstance(error, Exception) else Unavailable("The service"))
-            raise
+            await self._invoke(assignment, answer)
+        finally:
+            _answer(answer, Unavailable("The service"))  # Whatever broke it off, nobody waits for ever.
+
+    async def _invoke(self, assignment: Assignment, answer: asyncio.Future[Invoked]) -> None:
+        try:
+            admission = await self._ledger.admit(assignment.request)
+        except ExternalAgentsError as refusal:
+            self._tell_refusal(assignment, refusal)
+            _answer(answer, refusal)
+            return
+        try:
+            finished = await self._attempt(assignment, admission.invocation)
+        except Exception:
+            _log.exception("invocation %s broke off; what its agent did is unknown", admission.invocation.id)
+            finished = admission.invocation.interrupted(self._clock.now())
+        stored = await self._settle(finished, answer)
         self._witness(
             InvocationRecord(
                 at=self._clock.now(),
@@ -108,15 +130,16 @@ class InvocationPipeline:
                 invocation=stored,
             )
         )
-        _answer(answer, stored)
+        _answer(answer, Invoked(stored, admission.quotas))
 
-    async def _attempt(self, assignment: Assignment) -> ExternalAgentInvocation:
-        agent, invocation = assignment.agent, assignment.invocation
+    async def _attempt(self, assignment: Assignment, invocation: ExternalAgentInvocation) -> ExternalAgentInvocation:
+        agent = assignment.agent
         started_s = self._clock.monotonic_s()
         attempts: tuple[Attempt, ...] = ()
         may_have_run = False
         while True:
-            outcome, attempt = await self._exchange(assignment, self._clock.monotonic_s() - started_s)
+            elapsed_s = self._clock.monotonic_s() - started_s
+            outcome, attempt = await self._exchange(assignment, invocation, elapsed_s)
             attempts += (attempt,)
             may_have_run |= outcome.may_have_run
             elapsed_s = self._clock.monotonic_s() - started_s
@@ -138,8 +161,10 @@ class InvocationPipeline:
                 )
             await self._clock.sleep(delay_s)
 
-    async def _exchange(self, assignment: Assignment, elapsed_s: float) -> tuple[Outcome, Attempt]:
-        agent, invocation = assignment.agent, assignment.invocation
+    async def _exchange(
+        self, assignment: Assignment, invocation: ExternalAgentInvocation, elapsed_s: float
+    ) -> tuple[Outcome, Attempt]:
+        agent = assignment.agent
         at, began_s = self._clock.now(), self._clock.monotonic_s()
         outcome = await self._transport.exchange(
             AgentRequest(
@@ -154,8 +179,20 @@ class InvocationPipeline:
         )
         return outcome, Attempt.of(outcome, at, round((self._clock.monotonic_s() - began_s) * 1000))
 
+    def _tell_refusal(self, assignment: Assignment, refusal: ExternalAgentsError) -> None:
+        if isinstance(refusal, AdmissionRefused):
+            self._witness(
+                InvocationRecord(
+                    at=self._clock.now(),
+                    principal=assignment.principal,
+                    agent_id=assignment.agent.id,
+                    trace_id=assignment.request.trace_id,
+                    refusal=type(refusal).__name__,
+                )
+            )
+
     async def _settle(
-        self, finished: ExternalAgentInvocation, answer: asyncio.Future[ExternalAgentInvocation]
+        self, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]
     ) -> ExternalAgentInvocation:
         began_s = self._clock.monotonic_s()
         pause_s = 0.1
@@ -170,11 +207,11 @@ class InvocationPipeline:
             pause_s = min(2.0, pause_s * 2)
 
 
-def _answer(future: asyncio.Future[ExternalAgentInvocation], result: ExternalAgentInvocation | BaseException) -> None:
+def _answer(future: asyncio.Future[Invoked], result: Invoked | Exception) -> None:
     """Whoever waited may have gone, or have been answered before."""
     if future.done():
         return
-    if isinstance(result, BaseException):
+    if isinstance(result, Exception):
         future.set_exception(result)
         future.exception()  # Marks it as seen: nobody may be waiting.
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from uuid import UUID
 
 from external_agents.domain.agent import ExternalAgent
-from external_agents.domain.errors import ValidationError
+from external_agents.domain.errors import Fault, ValidationError
+from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ErrorCode, ExternalAgentInvocation, InvocationStatus
-from external_agents.domain.json_values import JsonText, JsonValue
+from external_agents.domain.json_values import JsonText, JsonValue, join_path, plain_value
 from external_agents.domain.schema import Schema
 
 FINISHED_CALL_SCHEMA = {
@@ -41,9 +43,11 @@ def finished_call(
         ValidationError: Every fault of the record.
     """
     faults = _schema.faults(record)
-    if faults:
+    request, response = (_payload(record, name, faults) for name in ("request_payload", "response_payload"))
+    faults += _text_faults(record)
+    if faults or request is None:
         raise ValidationError(faults)
-    response = record.get("response_payload")
+    created_at = created_at_of(invocation_id)
     return ExternalAgentInvocation(
         id=invocation_id,
         org_id=agent.org_id,
@@ -51,13 +55,45 @@ def finished_call(
         lineage_hop_id=record.get("lineage_hop_id"),
         initiated_by=initiated_by,
         status=InvocationStatus(record["status"]),
-        request=JsonText.of(record["request_payload"]),
-        response=None if response is None else JsonText.of(response),
-        response_status=record.get("response_status"),
-        execution_time_ms=record.get("execution_time_ms"),
+        request=request,
+        response=response,
+        response_status=_whole(record.get("response_status")),
+        execution_time_ms=_whole(record.get("execution_time_ms")),
         error_code=ErrorCode(record["error_code"]) if "error_code" in record else None,
         error_message=record.get("error_message"),
         trace_id=record.get("trace_id", trace_id),
-        created_at=at,
-        completed_at=at,
+        created_at=created_at,
+        completed_at=max(created_at, at),
     )
+
+
+def _payload(record: JsonValue, name: str, faults: list[Fault]) -> JsonText | None:
+    """None also for a payload that is no JSON, once its fault is told."""
+    if not isinstance(record, Mapping) or name not in record:
+        return None
+    payload = record[name]
+    if isinstance(payload, JsonText):
+        return payload
+    try:
+        return JsonText.of(payload)
+    except ValidationError as invalid:
+        faults += [
+            Fault(join_path(name, fault.path) if fault.path else name, fault.message) for fault in invalid.errors
+        ]
+        return None
+
+
+def _text_faults(record: JsonValue) -> tuple[Fault, ...]:
+    """What a text column could not hold."""
+    if not isinstance(record, Mapping):
+        return ()
+    try:
+        plain_value({name: value for name, value in record.items() if not str(name).endswith("_payload")})
+    except ValidationError as invalid:
+        return invalid.errors
+    return ()
+
+
+def _whole(value: float | None) -> int | None:
+    """JSON Schema takes 200.0 for an integer too."""
+    return None if value is None else int(value)

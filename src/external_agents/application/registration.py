@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from uuid import UUID
@@ -12,7 +11,7 @@ from external_agents.domain.auth import EVERYTHING, Credentials
 from external_agents.domain.catalog import Catalog, join_secrets, split_secrets
 from external_agents.domain.egress import Destination, UrlRules
 from external_agents.domain.errors import Fault, ValidationError
-from external_agents.domain.json_values import JsonValue, dumps, merge_patch, plain_value
+from external_agents.domain.json_values import JsonValue, decode, dumps, merge_patch, plain_value
 from external_agents.ports.secrets import SecretBox, SecretContext
 
 Document = Mapping[str, JsonValue]
@@ -127,8 +126,7 @@ class Registrar:
         }
         contexts = self._contexts(document, agent.org_id, agent.id)
         secrets = {
-            path: plain_value(json.loads(self._secret_box.open(envelope, contexts(path))))
-            for path, envelope in agent.sealed.items()
+            path: decode(self._secret_box.open(envelope, contexts(path))) for path, envelope in agent.sealed.items()
         }
         for path in ("auth_config", "platform_config"):
             document[path] = join_secrets(document[path], secrets, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from datetime import datetime
 from itertools import count
@@ -11,7 +12,7 @@ from uuid import UUID
 import attrs
 
 from external_agents.application.access import AccessControl, Witness
-from external_agents.application.invocation import Assignment, InvocationPipeline, TaskKeeper
+from external_agents.application.invocation import Assignment, InvocationPipeline, Invoked, TaskKeeper
 from external_agents.application.parameters import (
     LIMIT_MAX,
     PAGE_MAX,
@@ -27,7 +28,6 @@ from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.egress import UrlRules
 from external_agents.domain.errors import (
-    AdmissionRefused,
     AgentInactive,
     AgentNotFound,
     Fault,
@@ -36,10 +36,9 @@ from external_agents.domain.errors import (
     ValidationError,
 )
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
-from external_agents.domain.json_values import JsonText, JsonValue
-from external_agents.domain.rate_limit import RateQuotas
-from external_agents.ports.ledger import Admission, AdmissionRequest, InvocationLedger
-from external_agents.ports.observability import InvocationRecord, ObservabilityManager
+from external_agents.domain.json_values import JsonText, JsonValue, plain_value
+from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
+from external_agents.ports.observability import ObservabilityManager
 from external_agents.ports.policy import PolicyDecisionPoint
 from external_agents.ports.repositories import (
     AgentQuery,
@@ -56,18 +55,11 @@ LINEAGE_HOP_ID_MAX = 200
 DRAIN_S = 135.0
 """Longer than any invocation may take, so that draining loses none."""
 
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _RACES_MAX = 10
 _JUDGED_AT_ONCE = 500
 
 Versions: TypeAlias = Collection[int]
-
-
-@attrs.frozen
-class Invoked:
-    """An invocation as it ended, and what is left of the agent's limits since its admission."""
-
-    invocation: ExternalAgentInvocation
-    quotas: RateQuotas
 
 
 class ExternalAgentService:
@@ -307,14 +299,11 @@ class ExternalAgentService:
             agent = await self._permitted_agent(principal, Action.INVOKE, agent_id)
             request = self._admission_request(principal, agent, payload, trace_id, lineage_hop_id)
             credentials = self._registrar.credentials(agent)
+            assignment = Assignment(principal=principal, agent=agent, credentials=credentials, request=request)
             try:
-                admission = await self._admit(principal, request)
+                return await self._pipeline.carry_out(assignment)
             except StaleVersion:
                 continue
-            invocation = await self._pipeline.carry_out(
-                Assignment(principal=principal, agent=agent, credentials=credentials, invocation=admission.invocation)
-            )
-            return Invoked(invocation, admission.quotas)
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
     async def check_rate_limit(self, principal: Principal, agent_id: UUID) -> bool:
@@ -460,6 +449,9 @@ class ExternalAgentService:
     ) -> AdmissionRequest:
         if lineage_hop_id is not None and not 1 <= len(lineage_hop_id) <= LINEAGE_HOP_ID_MAX:
             raise ValidationError([Fault("X-Lineage-Hop-Id", f"must have 1 to {LINEAGE_HOP_ID_MAX} characters")])
+        plain_value(lineage_hop_id, "X-Lineage-Hop-Id")
+        if not _TRACE_ID.fullmatch(trace_id):
+            raise ValidationError([Fault("trace_id", "must be 32 lower-case hex digits, not all zero")])
         request = payload if isinstance(payload, JsonText) else JsonText.of(payload)
         if agent.status is AgentStatus.INACTIVE:
             raise AgentInactive
@@ -473,21 +465,6 @@ class ExternalAgentService:
             trace_id=trace_id,
             lineage_hop_id=lineage_hop_id,
         )
-
-    async def _admit(self, principal: Principal, request: AdmissionRequest) -> Admission:
-        try:
-            return await self._ledger.admit(request)
-        except AdmissionRefused as refused:
-            self._witness(
-                InvocationRecord(
-                    at=self._clock.now(),
-                    principal=principal,
-                    agent_id=request.agent_id,
-                    trace_id=request.trace_id,
-                    refusal=type(refused).__name__,
-                )
-            )
-            raise
 
 
 def _require_version(agent: ExternalAgent, versions: Versions | None) -> None:

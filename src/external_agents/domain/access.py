@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import MappingProxyType
 
@@ -41,6 +41,10 @@ def _is_subject(instance: object, attribute: attrs.Attribute[str], value: str) -
         raise ValueError(f"{attribute.name} must have 1 to 200 printable characters")
 
 
+def _as_set(permissions: Iterable[str]) -> frozenset[str]:
+    return frozenset(permissions)
+
+
 def _read_only(attributes: Mapping[str, str]) -> Mapping[str, str]:
     return MappingProxyType(dict(attributes))
 
@@ -59,7 +63,7 @@ class Principal:
 
     org_id: str = attrs.field(validator=_is_org_id)
     subject: str = attrs.field(validator=_is_subject)
-    permissions: frozenset[str] = attrs.field(converter=frozenset)
+    permissions: frozenset[str] = attrs.field(converter=_as_set)
     attributes: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, hash=False)
 
 

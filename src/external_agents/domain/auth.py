@@ -119,7 +119,11 @@ OAUTH2 = AuthScheme(
             "audience": _TEXT,
         },
         optional=("scope", "audience"),
-        example={"client_id": "kaizen", "client_secret": "…", "token_url": "https://login.example.com/oauth2/token"},
+        example={
+            "client_id": "acme",
+            "client_secret": "example-secret",
+            "token_url": "https://login.example.com/oauth2/token",
+        },
     ),
     secret_fields=frozenset({"client_secret"}),
     url_fields=("token_url",),
@@ -130,7 +134,7 @@ API_KEY = AuthScheme(
     auth_type="api_key",
     schema=_object(
         {"key": _HEADER_SECRET, "header_name": {"type": "string", "format": "header-name"}},
-        example={"key": "…", "header_name": "X-API-Key"},
+        example={"key": "example-key", "header_name": "X-API-Key"},
     ),
     secret_fields=frozenset({"key"}),
     credentials=_api_key,
@@ -138,7 +142,7 @@ API_KEY = AuthScheme(
 
 BEARER = AuthScheme(
     auth_type="bearer",
-    schema=_object({"token": _HEADER_SECRET}, example={"token": "…"}),
+    schema=_object({"token": _HEADER_SECRET}, example={"token": "example-token"}),
     secret_fields=frozenset({"token"}),
     credentials=_bearer,
 )
@@ -147,7 +151,7 @@ BASIC = AuthScheme(
     auth_type="basic",
     schema=_object(
         {"username": {**_TEXT, "format": "user-id"}, "password": {**_SECRET_TEXT, "format": "printable"}},
-        example={"username": "kaizen", "password": "…"},
+        example={"username": "acme", "password": "example-password"},
     ),
     secret_fields=frozenset({"password"}),
     credentials=_basic,
@@ -166,7 +170,7 @@ CUSTOM = AuthScheme(
             }
         },
         "writeOnly": True,
-        "examples": [{"headers": {"X-Tenant": "acme", "X-Token": "…"}}],
+        "examples": [{"headers": {"X-Tenant": "acme", "X-Token": "example-token"}}],
     },
     secret_fields=EVERYTHING,
     credentials=_custom,

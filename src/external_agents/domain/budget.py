@@ -48,8 +48,15 @@ def parse_amount(value: JsonValue) -> Decimal | None:
     amount = Decimal(value)
     if not amount.is_finite() or not 0 <= amount < AMOUNT_BELOW:
         return None
-    exponent = amount.normalize().as_tuple().exponent
-    return abs(amount) if isinstance(exponent, int) and exponent >= -AMOUNT_DECIMALS else None
+    return abs(amount.normalize()) if _decimals(amount) <= AMOUNT_DECIMALS else None
+
+
+def _decimals(amount: Decimal) -> int:
+    """Places behind the point, trailing zeros apart; exact, where Decimal's own arithmetic rounds to 28 digits."""
+    _, digits, exponent = amount.as_tuple()
+    if not amount or not isinstance(exponent, int):
+        return 0
+    return len(bytes(digits).rstrip(b"\0")) - len(digits) - exponent
 
 
 register_format(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from external_agents.domain import agent as agent_rules
 from external_agents.domain.auth import AUTH_SCHEMES, EVERYTHING, AuthScheme
@@ -67,14 +67,14 @@ class Catalog:
 
     def auth_faults(self, auth_type: JsonValue, config: JsonValue, urls: UrlRules, path: str) -> list[Fault]:
         """Every fault of an auth_config, secrets included."""
-        if not isinstance(auth_type, str) or auth_type not in self.auth_schemes:
+        if not _names(auth_type, self.auth_schemes):
             return [Fault("auth_type", f"must be one of {', '.join(self.auth_schemes)}")]
         faults = self._auth[auth_type].faults(config, path)
         return faults + list(_url_faults(self.auth_schemes[auth_type].url_fields, config, urls, path, faults))
 
     def platform_faults(self, provider: JsonValue, config: JsonValue, urls: UrlRules, path: str) -> list[Fault]:
         """Every fault of a platform_config, secrets included."""
-        if not isinstance(provider, str) or provider not in self.platforms:
+        if not _names(provider, self.platforms):
             return [Fault("provider", f"must be one of {', '.join(self.platforms)}")]
         faults = self._platform[provider].faults(config, path)
         return faults + list(_url_faults(self.platforms[provider].url_fields, config, urls, path, faults))
@@ -99,13 +99,13 @@ class Catalog:
         auth_type, provider = document.get("auth_type"), document.get("provider")
         if "auth_config" in document and isinstance(document["auth_config"], Mapping) and auth_type is not None:
             yield from self.auth_faults(auth_type, document["auth_config"], urls, "auth_config")
-        elif "auth_config" not in document and auth_type in self.auth_schemes and auth_type != "none":
+        elif "auth_config" not in document and _names(auth_type, self.auth_schemes) and auth_type != "none":
             yield Fault("auth_config", "is required")
         if "platform_config" in document and isinstance(document["platform_config"], Mapping) and provider is not None:
             yield from self.platform_faults(provider, document["platform_config"], urls, "platform_config")
         elif (
             "platform_config" not in document
-            and provider in self.platforms
+            and _names(provider, self.platforms)
             and self.platforms[provider].config_required
         ):
             yield Fault("platform_config", "is required")
@@ -130,6 +130,11 @@ def join_secrets(public: Mapping[str, JsonValue], secrets: Mapping[str, JsonValu
         **public,
         **{name.removeprefix(prefix): value for name, value in secrets.items() if name.startswith(prefix)},
     }
+
+
+def _names(name: JsonValue, known: Mapping[str, T]) -> TypeGuard[str]:
+    """Whether `name`, any JSON value, is the name of one of `known`."""
+    return isinstance(name, str) and name in known
 
 
 def _by_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:

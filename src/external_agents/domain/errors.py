@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 from uuid import UUID
 
@@ -27,11 +28,14 @@ class Fault:
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
+FAULTS_MAX = 1000
+
+
 class ValidationError(ExternalAgentsError):
-    """The input is wrong. `errors` names every fault; mend them all and send it again."""
+    """The input is wrong. `errors` names every fault, up to 1,000; mend them all and send it again."""
 
     def __init__(self, errors: Iterable[Fault]) -> None:
-        self.errors = tuple(sorted(set(errors)))
+        self.errors = tuple(sorted(set(islice(errors, FAULTS_MAX))))
         assert self.errors, "a validation error names at least one fault"
         super().__init__("; ".join(map(str, self.errors)))
 

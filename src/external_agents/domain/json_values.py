@@ -12,12 +12,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn, TypeAlias
 
 import attrs
 
-from external_agents.domain.errors import Fault, MalformedJson, ValidationError
+from external_agents.domain.errors import FAULTS_MAX, Fault, MalformedJson, ValidationError
 
 JsonValue: TypeAlias = Any
 """dict, list, str, int, float, Decimal, bool or None, nested."""
@@ -25,9 +25,12 @@ JsonValue: TypeAlias = Any
 FIELD_DEPTH_MAX = 64
 PAYLOAD_DEPTH_MAX = 512
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""Possessive, and an unterminated string reaches to the end: anything else is quadratic in hostile text."""
 _BRACKET = re.compile(r"[\[\]{}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PATH_NAME_MAX = 100
+_PATH_MAX = 500
 _NUMBER_DIGITS_MAX = 400
 """More digits than any double's integer part; int() is quadratic in them, so they are counted first."""
 
@@ -93,7 +96,7 @@ def decode(raw: bytes) -> JsonValue:
     text = _utf8(raw)
     if not _shallow(text, PAYLOAD_DEPTH_MAX):
         raise MalformedJson(f"The JSON is nested over {PAYLOAD_DEPTH_MAX} levels.")
-    return _loads(text, parse_int=_bounded_int, parse_float=Decimal, object_pairs_hook=_members)
+    return _loads(text, parse_int=_bounded_int, parse_float=_bounded_decimal, object_pairs_hook=_members)
 
 
 def plain_value(value: JsonValue, path: str = "") -> JsonValue:
@@ -130,9 +133,13 @@ def merge_patch(target: JsonValue, patch: JsonValue) -> JsonValue:
 
 
 def join_path(path: str, member: str | int) -> str:
-    """`auth_config` + `key` → `auth_config.key`; `tags` + 2 → `tags[2]`."""
+    """`auth_config` + `key` → `auth_config.key`; `tags` + 2 → `tags[2]`; what is too long to be read ends in `…`."""
+    if len(path) > _PATH_MAX:
+        return path if path.endswith("…") else f"{path}…"
     if isinstance(member, int):
         return f"{path}[{member}]"
+    if len(member) > _PATH_NAME_MAX:
+        member = f"{member[:_PATH_NAME_MAX]}…"
     printable = member.encode("utf-8", "backslashreplace").decode().replace("\0", "\\u0000")
     return f"{path}.{printable}" if path else printable
 
@@ -171,6 +178,13 @@ def _bounded_int(digits: str) -> int | Decimal:
     return int(digits) if len(digits) <= _NUMBER_DIGITS_MAX else Decimal("Infinity")
 
 
+def _bounded_decimal(digits: str) -> Decimal:
+    try:
+        return Decimal(digits)
+    except InvalidOperation:  # An exponent of 19 digits or more.
+        return Decimal("Infinity")
+
+
 def _int_or_float(digits: str) -> int | float:
     return int(digits) if len(digits) <= _NUMBER_DIGITS_MAX else float(digits)
 
@@ -180,7 +194,8 @@ def _exact_int(digits: str) -> int | None:
 
 
 def _exact_decimal(digits: str) -> Decimal | None:
-    return Decimal(digits) if len(digits) <= _NUMBER_DIGITS_MAX else None
+    number = _bounded_decimal(digits) if len(digits) <= _NUMBER_DIGITS_MAX else Decimal("Infinity")
+    return number if number.is_finite() else None
 
 
 def _members(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
@@ -194,6 +209,8 @@ def _members(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
 
 
 def _plain(value: JsonValue, path: str, depth: int, faults: list[Fault]) -> JsonValue:
+    if len(faults) >= FAULTS_MAX:
+        return None
     if isinstance(value, str):
         faults.extend(_text_faults(value, path))
         return str(value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NoReturn, TypeAlias
 
 import fastjsonschema
 
-from external_agents.domain.errors import Fault, ValidationError
+from external_agents.domain.errors import FAULTS_MAX, Fault, ValidationError
 from external_agents.domain.json_values import JsonValue, join_path
 
 JsonSchema: TypeAlias = Mapping[str, Any]
@@ -37,7 +37,7 @@ class Schema:
         self.definition = definition
         self._validate = fastjsonschema.compile(
             {"$schema": DRAFT_07, **definition},
-            handlers=dict.fromkeys(("http", "https", "ftp", "file", ""), _refuse_reference),
+            handlers=_NoHandlers(),
             formats={name: check for name, (check, _) in FORMATS.items()},
             use_default=False,
             fast_fail=False,
@@ -48,7 +48,8 @@ class Schema:
         try:
             self._validate(value)
         except fastjsonschema.JsonSchemaValuesException as failure:
-            return sorted({fault for error in failure.errors for fault in _translate(error, path)})
+            found = (fault for error in failure.errors for fault in _translate(error, path))
+            return sorted(set(islice(found, FAULTS_MAX)))
         return []
 
     def check(self, value: JsonValue, path: str = "") -> None:
@@ -60,11 +61,19 @@ class Schema:
             raise ValidationError(faults)
 
 
+class _NoHandlers(dict[str, Any]):
+    """Stands for every URI scheme, so that the compiler's own handlers, which open URLs, are never used."""
+
+    def __contains__(self, scheme: object) -> bool:
+        return True
+
+    def __missing__(self, scheme: str) -> Callable[[str], NoReturn]:
+        return _refuse_reference
+
+
 def _refuse_reference(uri: str) -> NoReturn:
     raise fastjsonschema.JsonSchemaDefinitionException(f"$ref to {uri!r}: a schema refers to its own parts only")
 
-
-_INDEX = re.compile(r"\[(\d+)\]")
 
 _MESSAGES: dict[str, Callable[[Any], str]] = {
     "type": lambda types: f"must be {_types(types)}",
@@ -110,6 +119,11 @@ def _translate(error: fastjsonschema.JsonSchemaValueException, base: str) -> Ite
     elif error.rule == "additionalProperties" and isinstance(error.value, Mapping):
         for name in error.value.keys() - definition.get("properties", {}).keys():
             yield Fault(join_path(path, name), "is not a known field")
+    elif error.rule == "propertyNames":
+        is_valid, message = FORMATS.get(definition["propertyNames"].get("format"), (lambda _: False, "is not valid"))
+        for name in error.value:
+            if not is_valid(name):
+                yield Fault(join_path(path, name), f"has a name that {message}")
     elif error.rule in {"anyOf", "oneOf"}:
         wanted = [alternative.get("description", "") for alternative in definition[error.rule]]
         yield Fault(path, "must be " + " or ".join(filter(None, wanted)))

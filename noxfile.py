@@ -1,0 +1,70 @@
+"""What is checked: plain `nox` runs all that a change must pass; `nox -s NAME` one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+LINTERS = ("ruff>=0.15",)
+TYPE_CHECKER = ("mypy>=1.19",)
+LAYERS = ("import-linter>=2.5",)
+
+
+def _tests(session: nox.Session) -> list[str]:
+    return nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "tests")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format."""
+    session.install(*LINTERS)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the library, and over the file that shows how it looks from outside."""
+    session.install(".[serve]", *TYPE_CHECKER, *_tests(session))
+    session.run("mypy", "src", "tests/typing")
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Every arrow points inward."""
+    session.install("-e", ".[serve]", *LAYERS, *_tests(session))
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """The core and the memory adapters with nothing but the core's dependencies installed."""
+    session.install(".", *_tests(session))
+    session.run("pytest", "tests/core", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Everything, on real parts: PostgreSQL, HTTP agents, gunicorn, a browser."""
+    session.install(".[serve]", *_tests(session))
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session(default=False)
+def lowest(session: nox.Session) -> None:
+    """The tests with the lowest versions that pyproject.toml admits."""
+    session.install("uv")
+    resolved = Path(session.create_tmp()) / "lowest.txt"
+    session.run(
+        "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct", "--extra", "serve",
+        "--no-emit-index-url", "--output-file", str(resolved), "pyproject.toml",
+    )  # fmt: skip
+    session.install("-r", str(resolved))
+    session.install("--no-deps", ".")
+    session.install(*_tests(session))
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)

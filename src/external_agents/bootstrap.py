@@ -1,0 +1,231 @@
+"""
+The only wiring: settings → adapters → service → ASGI app. Nothing is built at import.
+
+A host with adapters of its own needs none of this: it gives them to `ExternalAgentService`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import attrs
+from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.contextvars import bound_contextvars
+
+from external_agents.adapters.abac import CedarPolicies, CedarPolicyDecisionPoint
+from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys
+from external_agents.adapters.memory.system import SystemClock, SystemIds
+from external_agents.adapters.postgres.agents import PostgresAgents
+from external_agents.adapters.postgres.api_keys import PostgresApiKeys
+from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
+from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.invocations import PostgresInvocations
+from external_agents.adapters.postgres.ledger import PostgresLedger
+from external_agents.adapters.postgres.partitions import keep_partitions
+from external_agents.adapters.postgres.readiness import check
+from external_agents.adapters.postgres.schema import migrate
+from external_agents.adapters.rest.app import create_app
+from external_agents.adapters.rest.asgi import AsgiApp
+from external_agents.adapters.rest.lifespan import LifespanApp
+from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
+from external_agents.adapters.telemetry import StructlogObservability, configure_logging
+from external_agents.adapters.webhook import WebhookTransport
+from external_agents.application.service import ExternalAgentService
+from external_agents.application.upkeep import keep_up
+from external_agents.domain.catalog import BUILT_IN, Catalog
+from external_agents.domain.errors import ConfigurationError, Unavailable
+from external_agents.ports.identity import Authenticator
+from external_agents.settings import Settings, variable_of
+
+AUTH_SCHEMES_GROUP = "external_agents.auth_schemes"
+PLATFORMS_GROUP = "external_agents.platforms"
+PARTITIONS_EVERY_S = 86_400.0
+PARTITIONS_AGAIN_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+@attrs.frozen(kw_only=True)
+class Installation:
+    """A service with all that stands around it, open for the length of `open_installation`."""
+
+    service: ExternalAgentService
+    authenticator: Authenticator
+    api_keys: ApiKeys
+    engine: AsyncEngine = attrs.field(repr=False)
+    key_ring: KeyRing
+
+    async def readiness(self) -> Mapping[str, str | None]:
+        """What must be there to serve, by name, and why it is not; None where it is."""
+        state = await check(self.engine)
+        schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
+        return {
+            "database": None if state.database else "the database cannot be reached",
+            "schema": schema if state.database else "unknown: the database cannot be reached",
+            "keys": None,
+        }
+
+
+@asynccontextmanager
+async def open_service(settings: Settings) -> AsyncIterator[ExternalAgentService]:
+    """
+    The service, wired to PostgreSQL, Cedar and HTTP as the settings say; leaving the block drains and closes it.
+
+    Without a DATABASE_URL the embedded database is used: the one of a running `serve`, or one that lives as long as
+    the block. Open it from the main thread: the database's life is bound to the thread that starts it.
+
+    Raises:
+        ConfigurationError: The settings do not make a running service.
+    """
+    with database(settings) as url:
+        async with open_installation(settings, url) as installation:
+            yield installation.service
+
+
+@asynccontextmanager
+async def open_installation(settings: Settings, database_url: str) -> AsyncIterator[Installation]:
+    """`open_service` on a database that is there already, with all that an operator or an API needs beside it."""
+    clock, ids = SystemClock(), SystemIds()
+    key_ring = load_key_ring(settings)
+    engine = create_engine(database_url)
+    agents = PostgresAgents(engine, key_id_of=envelope_key_id)
+    ledger = PostgresLedger(engine, ids.new_id())
+    transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes)
+    service = ExternalAgentService(
+        agent_reader=agents,
+        agent_writer=agents,
+        invocation_reader=PostgresInvocations(engine),
+        ledger=ledger,
+        policy=CedarPolicyDecisionPoint(CedarPolicies.load(settings.policy_dir)),
+        transport=transport,
+        secret_box=AesGcmSecretBox(key_ring),
+        observability=StructlogObservability(),
+        url_rules=settings.egress_policy,
+        clock=clock,
+        ids=ids,
+        catalog=discover_catalog(),
+    )
+    store = PostgresApiKeys(engine)
+    background = [asyncio.create_task(keep_up(ledger, clock)), asyncio.create_task(_keep_partitions(engine))]
+    try:
+        yield Installation(
+            service=service,
+            authenticator=ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock),
+            api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
+            engine=engine,
+            key_ring=key_ring,
+        )
+    finally:
+        await service.drain()
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        with suppress(Unavailable):
+            await ledger.retire()
+        await transport.aclose()
+        await engine.dispose()
+
+
+def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
+    """
+    The API, for any ASGI server: `gunicorn -k asgi 'external_agents.bootstrap:create_asgi_app()'`.
+
+    It uses the database of the settings, or the embedded one of a running `serve`; it never starts one.
+
+    Raises:
+        ConfigurationError: The settings do not make a running service.
+    """
+    chosen = settings or Settings.from_env()
+    configure_logging(chosen.log_format, chosen.log_level)
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[AsgiApp]:
+        async with open_installation(chosen, _running_database_url(chosen)) as installation:
+            yield create_app(
+                installation.service,
+                authenticator=installation.authenticator,
+                readiness=installation.readiness,
+                body_limit_bytes=chosen.max_body_bytes,
+                log_context=bound_contextvars,
+            )
+
+    return LifespanApp(opened)
+
+
+@contextmanager
+def database(settings: Settings) -> Iterator[str]:
+    """The URL of the database for the length of the block; an embedded one has the newest schema."""
+    with bare_database(settings) as url:
+        if settings.database_url is None:
+            migrate(url)
+        yield url
+
+
+@contextmanager
+def bare_database(settings: Settings) -> Iterator[str]:
+    """The URL of the database for the length of the block, whatever its schema."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    with attached(home_folder(settings)) as url:
+        yield url
+
+
+def home_folder(settings: Settings) -> Path:
+    """The folder of the embedded database, its keys, and the key of `serve --dev`."""
+    return settings.home or default_home()
+
+
+def load_key_ring(settings: Settings) -> KeyRing:
+    """
+    Raises:
+        ConfigurationError: The keys are malformed; or there are none and the database is an external one.
+    """
+    if settings.secret_keys is not None:
+        return KeyRing.parse(settings.secret_keys)
+    if settings.database_url is not None:
+        raise ConfigurationError(
+            f"{variable_of('secret_keys')} is required with {variable_of('database_url')}: "
+            "set it to k1:KEY, where `openssl rand -base64 32` prints a KEY, and keep it as safe as the database."
+        )
+    home = home_folder(settings)
+    make_home(home)
+    return KeyRing.load_or_create(home / "secret-keys")
+
+
+def discover_catalog() -> Catalog:
+    """
+    The built-in auth types and platforms, and those of installed packages.
+
+    A package adds an `AuthScheme` or a `Platform` by an entry point of the group `external_agents.auth_schemes` or
+    `external_agents.platforms`.
+    """
+    auth_schemes = [entry.load() for entry in entry_points(group=AUTH_SCHEMES_GROUP)]
+    platforms = [entry.load() for entry in entry_points(group=PLATFORMS_GROUP)]
+    return BUILT_IN.extended(auth_schemes, platforms) if auth_schemes or platforms else BUILT_IN
+
+
+def _running_database_url(settings: Settings) -> str:
+    if settings.database_url is not None:
+        return settings.database_url
+    home = home_folder(settings)
+    if (url := running_url(home)) is None:
+        raise ConfigurationError(
+            f"No embedded database runs on {home}: start `external-agents serve`, or set {variable_of('database_url')}."
+        )
+    return url
+
+
+async def _keep_partitions(engine: AsyncEngine) -> None:
+    while True:
+        try:
+            await keep_partitions(engine)
+            await asyncio.sleep(PARTITIONS_EVERY_S)
+        except Unavailable as outage:
+            _log.warning("the upkeep of partitions waits: %s", outage)
+            await asyncio.sleep(PARTITIONS_AGAIN_S)

@@ -1,0 +1,72 @@
+"""`external-agents check`"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+
+import typer
+
+from external_agents.adapters.abac import CedarPolicies
+from external_agents.bootstrap import (
+    bare_database,
+    discover_catalog,
+    home_folder,
+    load_key_ring,
+    open_installation,
+)
+from external_agents.domain.errors import ExternalAgentsError
+from external_agents.settings import PREFIX, Settings
+
+
+def check() -> None:
+    """
+    Look at settings, database, migrations, keys and policies: what is wrong, and how to mend it.
+
+    Example: external-agents check
+    """
+    findings = list(_findings())
+    for name, good, line in findings:
+        print(f"{'ok   ' if good else 'WRONG'}  {name:<10}  {line}")
+    raise typer.Exit(0 if all(good for _, good, _ in findings) else 1)
+
+
+def _findings() -> Iterator[tuple[str, bool, str]]:
+    try:
+        settings = Settings.from_env()
+    except ExternalAgentsError as error:
+        yield "settings", False, str(error)
+        return
+    if strange := settings.unknown_names(os.environ):
+        yield "settings", False, f"unknown and without effect: {', '.join(strange)}"
+    else:
+        yield "settings", True, f"every {PREFIX}_ variable is known"
+    yield _finding("keys", lambda: f"sealing with {load_key_ring(settings).key_ids[0]}")
+    yield _finding("policies", lambda: f"{len(CedarPolicies.load(settings.policy_dir).loaded)} in force")
+    yield _finding("catalog", lambda: f"auth types: {', '.join(discover_catalog().auth_schemes)}")
+    try:
+        yield from _database_findings(settings)
+    except ExternalAgentsError as error:
+        yield "database", False, str(error)
+
+
+def _database_findings(settings: Settings) -> Iterator[tuple[str, bool, str]]:
+    with bare_database(settings) as url:
+        state = asyncio.run(_readiness(settings, url))
+        where = "external" if settings.database_url else f"embedded, under {home_folder(settings)}"
+        for name, reason in state.items():
+            if name != "keys":
+                yield name, reason is None, reason or (where if name == "database" else "up to date")
+
+
+async def _readiness(settings: Settings, url: str) -> dict[str, str | None]:
+    async with open_installation(settings, url) as installation:
+        return dict(await installation.readiness())
+
+
+def _finding(name: str, look: Callable[[], str]) -> tuple[str, bool, str]:
+    try:
+        return name, True, look()
+    except ExternalAgentsError as error:
+        return name, False, str(error)

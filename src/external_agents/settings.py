@@ -1,0 +1,128 @@
+"""What the service is told by its environment: the variables that begin with EXTERNAL_AGENTS_."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import environ
+
+from external_agents.domain.egress import EgressPolicy
+from external_agents.domain.errors import ConfigurationError
+
+PREFIX = "EXTERNAL_AGENTS"
+LOG_FORMATS = ("console", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+MAX_BODY_BYTES_BOUNDS = (1_024, 268_435_456)
+
+
+def _database_url(url: str | None) -> str | None:
+    """Any of the spellings of a PostgreSQL URL, as SQLAlchemy's with psycopg 3."""
+    if url is None:
+        return None
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in {"postgresql", "postgres", "postgresql+psycopg"}:
+        raise ValueError("must begin with postgresql://")
+    return f"postgresql+psycopg://{rest}"
+
+
+def _bounded(text: str, *, minimum: int, maximum: int) -> int:
+    if not (text.isascii() and text.isdecimal()) or not minimum <= int(text) <= maximum:
+        raise ValueError(f"must be an integer from {minimum} to {maximum}")
+    return int(text)
+
+
+def _choice(text: str | None, *, choices: tuple[str, ...]) -> str | None:
+    if text is not None and text.lower() not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}")
+    return text and text.lower()
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser().absolute()
+
+
+@environ.config(prefix=PREFIX, frozen=True)
+class Settings:
+    """
+    The settings of one installation; `Settings.from_env()` reads them.
+
+    Attributes:
+        database_url: None: the embedded PostgreSQL under `home`.
+        home: None: the platform's user data folder (`home_folder` decides).
+        secret_keys: `kid:base64[,kid:base64…]`, 32 bytes each; the first seals, all open.
+        egress_allow: CIDRs, or the words `loopback`, `private`.
+        egress_ports: The ports allowed on public addresses.
+        max_body_bytes: The largest request body, and the largest answer taken from an agent.
+        log_format: `console` or `json`; None: console on a terminal, else json.
+        policy_dir: None: the packaged Cedar policies alone.
+    """
+
+    database_url: str | None = environ.var(None, converter=_database_url, help="an external PostgreSQL")
+    home: Path | None = environ.var(None, converter=_path, help="where the embedded database and its keys live")
+    secret_keys: str | None = environ.var(None, help="kid:base64[,kid:base64…], 32 bytes each")
+    egress_allow: str = environ.var("", help="CIDRs, loopback, private")
+    egress_ports: str = environ.var("443,8443", help="ports allowed on public addresses")
+    max_body_bytes: int = environ.var(
+        "1048576",
+        converter=partial(_bounded, minimum=MAX_BODY_BYTES_BOUNDS[0], maximum=MAX_BODY_BYTES_BOUNDS[1]),
+        help="largest body taken from a caller or an agent",
+    )
+    log_format: str | None = environ.var(None, converter=partial(_choice, choices=LOG_FORMATS), help="console or json")
+    log_level: str = environ.var("info", converter=partial(_choice, choices=LOG_LEVELS), help="debug … critical")
+    policy_dir: Path | None = environ.var(None, converter=_path, help="a folder of *.cedar files")
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """
+        Read the environment (the process's by default). An empty variable counts as unset.
+
+        Raises:
+            ConfigurationError: Every variable that is wrong, and why.
+        """
+        given = {name: text for name, text in (os.environ if environment is None else environment).items() if text}
+        faults = [fault for field in _fields(cls) if (fault := _fault(cls, field, given))]
+        if faults:
+            raise ConfigurationError("; ".join(faults))
+        settings: Settings = environ.to_config(cls, given)
+        EgressPolicy.parse(settings.egress_allow, settings.egress_ports)
+        return settings
+
+    @classmethod
+    def unknown_names(cls, environment: Mapping[str, str]) -> list[str]:
+        """Variables that begin like ours and mean nothing: misspelt, most likely."""
+        known = {variable_of(field) for field in _fields(cls)}
+        return sorted(name for name in environment if name.startswith(f"{PREFIX}_") and name not in known)
+
+    def __repr__(self) -> str:
+        """Without values: a URL may hold a password, and the keys are secrets."""
+        return f"Settings({', '.join(field for field in _fields(type(self)) if getattr(self, field) is not None)})"
+
+    @property
+    def egress_policy(self) -> EgressPolicy:
+        return EgressPolicy.parse(self.egress_allow, self.egress_ports)
+
+
+def variable_of(field: str) -> str:
+    """`max_body_bytes` → `EXTERNAL_AGENTS_MAX_BODY_BYTES`"""
+    return f"{PREFIX}_{field.upper()}"
+
+
+def _fields(settings: type[Settings]) -> list[str]:
+    as_attrs: Any = settings
+    return [field.name for field in attrs.fields(as_attrs)]
+
+
+def _fault(settings: type[Settings], field: str, given: Mapping[str, str]) -> str | None:
+    variable = variable_of(field)
+    if variable not in given:
+        return None
+    try:
+        environ.to_config(settings, {variable: given[variable]})
+    except ValueError as error:
+        return f"{variable} {error}"
+    return None
