@@ -1,0 +1,62 @@
+"""API keys and credentials in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+import attrs
+
+from external_agents.domain.access import Principal
+from external_agents.domain.errors import Unauthenticated
+from external_agents.ports.identity import ApiKey, ApiKeyStore, Authenticator
+
+
+class MemoryApiKeyStore(ApiKeyStore):
+    def __init__(self) -> None:
+        self._keys: dict[UUID, ApiKey] = {}
+
+    async def add(self, key: ApiKey) -> None:
+        self._keys[key.id] = key
+
+    async def find(self, key_id: UUID) -> ApiKey | None:
+        return self._keys.get(key_id)
+
+    async def list(self, org_id: str) -> Sequence[ApiKey]:
+        keys = [key for key in self._keys.values() if key.principal.org_id == org_id]
+        return sorted(keys, key=lambda key: (key.created_at, key.id), reverse=True)
+
+    async def revoke(self, key_id: UUID, at: datetime) -> bool:
+        key = self._keys.get(key_id)
+        if key is not None and key.revoked_at is None:
+            self._keys[key_id] = attrs.evolve(key, revoked_at=at)
+        return key is not None
+
+
+class MemoryAuthenticator(Authenticator):
+    """Knows the tokens that it gave out itself, by their hashes, until they are withdrawn."""
+
+    def __init__(self) -> None:
+        self._principals: dict[bytes, Principal] = {}
+
+    def issue(self, principal: Principal) -> str:
+        """A new bearer token for the principal."""
+        token = secrets.token_urlsafe(32)
+        self._principals[_hash(token)] = principal
+        return token
+
+    def withdraw(self, bearer_token: str) -> None:
+        self._principals.pop(_hash(bearer_token), None)
+
+    async def authenticate(self, bearer_token: str) -> Principal:
+        try:
+            return self._principals[_hash(bearer_token)]
+        except KeyError:
+            raise Unauthenticated("The credentials are not known.") from None
+
+
+def _hash(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,101 @@
+"""The contract suites over the adapters in memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from external_agents.adapters.memory import (
+    MemoryAgentReader,
+    MemoryAgentWriter,
+    MemoryApiKeyStore,
+    MemoryAuthenticator,
+    MemoryInvocationReader,
+    MemoryLedger,
+    MemorySecretBox,
+    MemoryStore,
+    PermissionPolicy,
+)
+from external_agents.domain.access import Principal
+from external_agents.testing.fakes import FakeClock
+from external_agents.testing.identity import ApiKeyStoreContract, AuthenticatorContract, Issue
+from external_agents.testing.ledger import LedgerContract
+from external_agents.testing.ledger_time import LedgerTimeContract
+from external_agents.testing.policy import PolicyContract
+from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
+from external_agents.testing.secrets import SecretBoxContract
+from external_agents.testing.stores import PassTime, Store
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def store(clock: FakeClock) -> Store:
+    memory = MemoryStore()
+
+    async def new_ledger() -> MemoryLedger:
+        ledger = MemoryLedger(memory, clock)
+        await ledger.heartbeat()
+        return ledger
+
+    return Store(
+        agent_reader=MemoryAgentReader(memory),
+        agent_writer=MemoryAgentWriter(memory),
+        invocation_reader=MemoryInvocationReader(memory),
+        new_ledger=new_ledger,
+        now=clock.now,
+    )
+
+
+class TestMemoryAgentRepository(AgentRepositoryContract):
+    pass
+
+
+class TestMemoryInvocationReader(InvocationReaderContract):
+    pass
+
+
+class TestMemoryLedger(LedgerContract):
+    pass
+
+
+class TestMemoryLedgerOverTime(LedgerTimeContract):
+    @pytest.fixture
+    def pass_time(self, clock: FakeClock) -> PassTime:
+        async def pass_time(seconds: float) -> None:
+            clock.advance(seconds)
+
+        return pass_time
+
+
+class TestMemoryApiKeyStore(ApiKeyStoreContract):
+    @pytest.fixture
+    def api_keys(self) -> MemoryApiKeyStore:
+        return MemoryApiKeyStore()
+
+
+class TestMemoryAuthenticator(AuthenticatorContract):
+    @pytest.fixture
+    def authenticator(self) -> MemoryAuthenticator:
+        return MemoryAuthenticator()
+
+    @pytest.fixture
+    def issue(self, authenticator: MemoryAuthenticator) -> Issue:
+        async def issue(principal: Principal) -> str:
+            return authenticator.issue(principal)
+
+        return issue
+
+
+class TestPermissionPolicy(PolicyContract):
+    @pytest.fixture
+    def policy(self) -> PermissionPolicy:
+        return PermissionPolicy()
+
+
+class TestMemorySecretBox(SecretBoxContract):
+    @pytest.fixture
+    def secret_box(self) -> MemorySecretBox:
+        return MemorySecretBox()
