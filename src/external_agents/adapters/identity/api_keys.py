@@ -1,0 +1,174 @@
+"""API keys: giving them out, taking them back, and recognising them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Protocol
+from uuid import UUID
+
+from external_agents.adapters.identity.tokens import ApiKeyToken
+from external_agents.domain.access import PERMISSIONS, Principal
+from external_agents.domain.errors import Fault, Unauthenticated, ValidationError
+from external_agents.ports.identity import ApiKey, ApiKeyStore, Authenticator
+from external_agents.ports.system import Clock, IdSource
+
+ATTRIBUTES_MAX = 50
+ATTRIBUTE_NAME_MAX = 100
+ATTRIBUTE_VALUE_MAX = 1000
+EXPIRES_IN_MAX = timedelta(days=36_500)
+
+_NO_HASH = bytes(hashlib.sha256().digest_size)
+
+_log = logging.getLogger(__name__)
+
+
+class HashKeys(Protocol):
+    """
+    What this module needs of a key ring.
+
+    Attributes:
+        api_key_hash_keys: 32 bytes each, by key id; the first hashes new API keys, all recognise them.
+    """
+
+    api_key_hash_keys: Mapping[str, bytes]
+
+
+class _Hasher:
+    """HMAC-SHA256 over the whole key. It has 256 random bits, so a slow password hash would protect nothing more."""
+
+    def __init__(self, key_ring: HashKeys) -> None:
+        self._keys = key_ring.api_key_hash_keys
+        self.first_id = next(iter(self._keys))
+
+    def __contains__(self, hash_key_id: str) -> bool:
+        return hash_key_id in self._keys
+
+    def hash(self, token: ApiKeyToken, hash_key_id: str) -> bytes:
+        return hmac.digest(self._keys[hash_key_id], token.text.encode("ascii"), "sha256")
+
+
+class ApiKeyAuthenticator(Authenticator):
+    """Recognises API keys; the store is asked at every call, so what it takes back is refused at once."""
+
+    def __init__(self, *, store: ApiKeyStore, key_ring: HashKeys, clock: Clock) -> None:
+        self._store = store
+        self._hasher = _Hasher(key_ring)
+        self._clock = clock
+
+    async def authenticate(self, bearer_token: str) -> Principal:
+        token = ApiKeyToken.parse(bearer_token)
+        if token is None:
+            raise _refusal()
+        key = await self._store.find(token.key_id)
+        if key is not None and key.hash_key_id not in self._hasher:
+            _log.warning("API key %s was made with the secret key %s, which is not configured", key.id, key.hash_key_id)
+            key = None
+        # An unknown key takes the same steps as a known one.
+        presented = self._hasher.hash(token, key.hash_key_id if key else self._hasher.first_id)
+        matches = hmac.compare_digest(presented, key.secret_hash if key else _NO_HASH)
+        if key is None or not matches or not self._in_force(key):
+            raise _refusal()
+        return key.principal
+
+    def _in_force(self, key: ApiKey) -> bool:
+        return key.revoked_at is None and (key.expires_at is None or self._clock.now() < key.expires_at)
+
+
+class ApiKeys:
+    """What the operator does with API keys."""
+
+    def __init__(self, *, store: ApiKeyStore, key_ring: HashKeys, clock: Clock, ids: IdSource) -> None:
+        self._store = store
+        self._hasher = _Hasher(key_ring)
+        self._clock = clock
+        self._ids = ids
+
+    async def issue(
+        self,
+        org_id: str,
+        subject: str,
+        permissions: Collection[str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+        expires_in: timedelta | None = None,
+    ) -> tuple[str, ApiKey]:
+        """
+        Make a key.
+
+        Args:
+            permissions: Some of `domain.access.PERMISSIONS`, or none; None: all of them.
+            attributes: What policies see as tags of the subject.
+            expires_in: None: never.
+
+        Returns:
+            The key itself, which nobody can show a second time, and what is kept of it.
+
+        Raises:
+            ValidationError: Every fault of the arguments.
+        """
+        permissions = frozenset(PERMISSIONS if permissions is None else permissions)
+        attributes = attributes or {}
+        faults = [
+            *_principal_faults(org_id, subject),
+            *_permission_faults(permissions),
+            *_attribute_faults(attributes),
+        ]
+        if expires_in is not None and not timedelta(0) < expires_in <= EXPIRES_IN_MAX:
+            faults.append(Fault("expires_in", f"must be more than none and at most {EXPIRES_IN_MAX.days} days"))
+        if faults:
+            raise ValidationError(faults)
+        now = self._clock.now()
+        token = ApiKeyToken.new(self._ids.new_id())
+        key = ApiKey(
+            id=token.key_id,
+            principal=Principal(org_id, subject, permissions, attributes),
+            hash_key_id=self._hasher.first_id,
+            secret_hash=self._hasher.hash(token, self._hasher.first_id),
+            created_at=now,
+            expires_at=None if expires_in is None else now + expires_in,
+        )
+        await self._store.add(key)
+        return token.text, key
+
+    async def list(self, org_id: str) -> Sequence[ApiKey]:
+        """All keys of an organisation, newest first, revoked and expired ones included."""
+        return await self._store.list(org_id)
+
+    async def revoke(self, key_id: UUID) -> bool:
+        """Whether there was such a key; from now on it is refused."""
+        return await self._store.revoke(key_id, self._clock.now())
+
+
+def _refusal() -> Unauthenticated:
+    return Unauthenticated("The API key is unknown, malformed, expired or revoked.")
+
+
+def _principal_faults(org_id: str, subject: str) -> Iterator[Fault]:
+    for name, identity in (("org_id", (org_id, "-")), ("subject", ("-", subject))):
+        try:
+            Principal(*identity, permissions=())
+        except ValueError as error:
+            yield Fault(name, str(error).removeprefix(f"{name} "))
+
+
+def _permission_faults(permissions: Collection[str]) -> Iterator[Fault]:
+    unknown = sorted(set(permissions).difference(PERMISSIONS))
+    if unknown:
+        yield Fault("permissions", f"must be some of {', '.join(PERMISSIONS)}")
+
+
+def _attribute_faults(attributes: Mapping[str, str]) -> Iterator[Fault]:
+    if len(attributes) > ATTRIBUTES_MAX:
+        yield Fault("attributes", f"must be at most {ATTRIBUTES_MAX}")
+    for name, value in attributes.items():
+        if not _is_text(name, ATTRIBUTE_NAME_MAX):
+            yield Fault("attributes", f"a name must have 1 to {ATTRIBUTE_NAME_MAX} printable characters")
+        elif not _is_text(value, ATTRIBUTE_VALUE_MAX):
+            yield Fault(f"attributes.{name}", f"must have 1 to {ATTRIBUTE_VALUE_MAX} printable characters")
+
+
+def _is_text(value: object, maximum: int) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= maximum and value.isprintable()

@@ -1,0 +1,75 @@
+"""Decisions and invocations as log events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from external_agents.domain.access import Principal
+from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
+from external_agents.ports.observability import DecisionRecord, InvocationRecord, ObservabilityManager, Record
+
+LOGGER_NAME = "external_agents.observability"
+
+
+class StructlogObservability(ObservabilityManager):
+    """
+    One event a record.
+
+    | record | event | level |
+    |---|---|---|
+    | decision: allowed / denied / failed | `decision` | debug / info / warning |
+    | invocation: succeeded / ended otherwise | `invocation` | info / warning |
+    | invocation that was not admitted | `invocation_refused` | info |
+
+    Written are ids, names of fields' values that this service gave, costs and durations; never a payload, an answer,
+    or a message that an agent had a part in.
+    """
+
+    def __init__(self) -> None:
+        self._log = structlog.stdlib.get_logger(LOGGER_NAME)
+
+    def __call__(self, record: Record) -> None:
+        if isinstance(record, DecisionRecord):
+            self._decision(record)
+        elif record.invocation is not None:
+            self._invocation(record, record.invocation)
+        else:
+            self._log.info("invocation_refused", refusal=record.refusal, **_call(record))
+
+    def _decision(self, record: DecisionRecord) -> None:
+        write = self._log.warning if record.errors else self._log.debug if record.allowed else self._log.info
+        write(
+            "decision",
+            **_who(record.principal),
+            action=record.action.value,
+            agent_id=str(record.agent_id) if record.agent_id else None,
+            allowed=record.allowed,
+            policy_ids=list(record.policy_ids),
+            errors=list(record.errors),
+        )
+
+    def _invocation(self, record: InvocationRecord, invocation: ExternalAgentInvocation) -> None:
+        write = self._log.info if invocation.status is InvocationStatus.SUCCEEDED else self._log.warning
+        write(
+            "invocation",
+            **_call(record),
+            invocation_id=str(invocation.id),
+            status=invocation.status.value,
+            error_code=invocation.error_code.value if invocation.error_code else None,
+            response_status=invocation.response_status,
+            attempts=len(invocation.attempts),
+            execution_time_ms=invocation.execution_time_ms,
+            cost=invocation.cost.plain_amount if invocation.cost else None,
+            currency=invocation.cost.currency if invocation.cost else None,
+            cost_overrun=invocation.cost_overrun,
+        )
+
+
+def _who(principal: Principal) -> dict[str, Any]:
+    return {"org_id": principal.org_id, "subject": principal.subject}
+
+
+def _call(record: InvocationRecord) -> dict[str, Any]:
+    return {**_who(record.principal), "agent_id": str(record.agent_id), "trace_id": record.trace_id}

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import re
+import string
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys, ApiKeyToken, tokens
+from external_agents.adapters.identity.api_keys import ATTRIBUTES_MAX
+from external_agents.adapters.memory.identity import MemoryApiKeyStore
+from external_agents.adapters.secrets import KeyRing
+from external_agents.domain.access import PERMISSIONS, Principal
+from external_agents.domain.errors import Unauthenticated, Unavailable, ValidationError
+from external_agents.ports.identity import ApiKey
+from external_agents.testing.fakes import FakeClock, SequentialIds
+
+RING = KeyRing({"k1": bytes(range(32))})
+LETTERS = string.digits + string.ascii_letters
+KEY_ID = UUID("01890a5d-ac96-774b-bcce-b302099a8057")
+
+
+class WatchedStore(MemoryApiKeyStore):
+    """Counts its lookups, and is down when told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookups = 0
+        self.down = False
+
+    async def find(self, key_id: UUID) -> ApiKey | None:
+        self.lookups += 1
+        if self.down:
+            raise Unavailable("The store")
+        return await super().find(key_id)
+
+
+class House:
+    """The store, its operator and its door, at one time."""
+
+    def __init__(self, ring: KeyRing = RING) -> None:
+        self.store = WatchedStore()
+        self.clock = FakeClock()
+        self.keys = ApiKeys(store=self.store, key_ring=ring, clock=self.clock, ids=SequentialIds(self.clock))
+        self.door = self.with_ring(ring)
+
+    def with_ring(self, ring: KeyRing) -> ApiKeyAuthenticator:
+        return ApiKeyAuthenticator(store=self.store, key_ring=ring, clock=self.clock)
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+async def test_a_key_stands_for_its_principal(house: House) -> None:
+    text, key = await house.keys.issue("acme", "billing", ["invoke:external_agent"], {"team": "ops"})
+    principal = Principal("acme", "billing", ["invoke:external_agent"], {"team": "ops"})
+    assert key.principal == principal
+    assert await house.door.authenticate(text) == principal
+
+
+async def test_without_permissions_named_a_key_has_all(house: House) -> None:
+    _, key = await house.keys.issue("acme", "billing")
+    assert key.principal.permissions == frozenset(PERMISSIONS)
+    assert key.expires_at is None
+
+
+async def test_a_key_without_any_permission_has_none(house: House) -> None:
+    text, _ = await house.keys.issue("acme", "billing", [])
+    assert (await house.door.authenticate(text)).permissions == frozenset()
+
+
+async def test_keys_are_apart(house: House) -> None:
+    issued = [await house.keys.issue("acme", f"subject-{number}") for number in range(20)]
+    for text, key in issued:
+        assert (await house.door.authenticate(text)).subject == key.principal.subject
+    assert len({text for text, _ in issued}) == 20
+
+
+async def test_the_key_itself_is_kept_nowhere(house: House) -> None:
+    text, key = await house.keys.issue("acme", "billing")
+    kept = repr([attrs.asdict(stored) for stored in await house.store.list("acme")])
+    assert text[-49:-6] not in kept
+    assert key.secret_hash not in text.encode()
+    assert text not in repr(key)
+    assert repr(key.secret_hash) not in repr(key)
+    assert text not in repr(ApiKeyToken.parse(text))
+
+
+async def test_a_hash_needs_the_ring_to_be_of_use(house: House) -> None:
+    text, _ = await house.keys.issue("acme", "billing")
+    with pytest.raises(Unauthenticated):
+        await house.with_ring(KeyRing({"k1": bytes(32)})).authenticate(text)
+
+
+async def test_keys_hashed_with_an_older_ring_key_are_recognised(house: House) -> None:
+    text, _ = await house.keys.issue("acme", "billing")
+    rotated = KeyRing({"k2": bytes(32), "k1": bytes(range(32))})
+    assert (await house.with_ring(rotated).authenticate(text)).subject == "billing"
+    with pytest.raises(Unauthenticated):
+        await house.with_ring(KeyRing({"k2": bytes(32)})).authenticate(text)
+
+
+async def test_an_unknown_key_is_refused(house: House) -> None:
+    await house.keys.issue("acme", "billing")
+    with pytest.raises(Unauthenticated):
+        await house.door.authenticate(ApiKeyToken.new(KEY_ID).text)
+    assert house.store.lookups == 1
+
+
+async def test_a_known_id_with_another_secret_is_refused(house: House) -> None:
+    _, key = await house.keys.issue("acme", "billing")
+    with pytest.raises(Unauthenticated):
+        await house.door.authenticate(ApiKeyToken.new(key.id).text)
+
+
+async def test_a_hash_serves_its_own_key_only(house: House) -> None:
+    """One who can write the store cannot make a key of theirs pass for another one."""
+    text, mine = await house.keys.issue("acme", "mallory")
+    _, yours = await house.keys.issue("acme", "alice")
+    await house.store.add(attrs.evolve(yours, secret_hash=mine.secret_hash))
+    forged = ApiKeyToken.new(yours.id).text[:27] + text[27:-6]
+    with pytest.raises(Unauthenticated):
+        await house.door.authenticate(_with_checksum(forged))
+
+
+async def test_a_revoked_key_is_refused_at_once(house: House) -> None:
+    text, key = await house.keys.issue("acme", "billing")
+    await house.door.authenticate(text)
+    assert await house.keys.revoke(key.id)
+    with pytest.raises(Unauthenticated):
+        await house.door.authenticate(text)
+    [listed] = await house.keys.list("acme")
+    assert listed.revoked_at == house.clock.now()
+
+
+async def test_a_key_is_good_until_it_expires(house: House) -> None:
+    text, key = await house.keys.issue("acme", "billing", expires_in=timedelta(days=90))
+    assert key.expires_at == datetime(2026, 6, 8, 12, tzinfo=UTC)
+    house.clock.advance(90 * 86_400 - 1)
+    await house.door.authenticate(text)
+    house.clock.advance(1)
+    with pytest.raises(Unauthenticated):
+        await house.door.authenticate(text)
+
+
+async def test_all_refusals_read_the_same(house: House) -> None:
+    revoked, key = await house.keys.issue("acme", "billing")
+    await house.keys.revoke(key.id)
+    expired, _ = await house.keys.issue("acme", "billing", expires_in=timedelta(seconds=1))
+    house.clock.advance(2)
+    messages = set()
+    for text in ("", "nonsense", ApiKeyToken.new(KEY_ID).text, ApiKeyToken.new(key.id).text, revoked, expired):
+        with pytest.raises(Unauthenticated) as refusal:
+            await house.door.authenticate(text)
+        messages.add(str(refusal.value))
+    assert len(messages) == 1
+
+
+async def test_an_outage_is_not_a_refusal(house: House) -> None:
+    text, _ = await house.keys.issue("acme", "billing")
+    house.store.down = True
+    with pytest.raises(Unavailable):
+        await house.door.authenticate(text)
+
+
+async def test_lists_and_revocations_go_to_the_store(house: House) -> None:
+    _, first = await house.keys.issue("acme", "billing")
+    _, second = await house.keys.issue("acme", "billing")
+    await house.keys.issue("other", "billing")
+    assert [key.id for key in await house.keys.list("acme")] == [second.id, first.id]
+    assert not await house.keys.revoke(KEY_ID)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "paths"),
+    [
+        ({"org_id": "a c", "subject": ""}, ["org_id", "subject"]),
+        ({"permissions": ["read:external_agent", "admin"]}, ["permissions"]),
+        ({"permissions": "read:external_agent"}, ["permissions"]),
+        ({"attributes": {"": "x", "team": ""}}, ["attributes", "attributes.team"]),
+        ({"attributes": {"team": "a\0b"}}, ["attributes.team"]),
+        ({"attributes": {"team": "x" * 1001}}, ["attributes.team"]),
+        ({"attributes": {"team": 1}}, ["attributes.team"]),
+        ({"attributes": {"x" * 101: "x"}}, ["attributes"]),
+        ({"attributes": {str(number): "x" for number in range(ATTRIBUTES_MAX + 1)}}, ["attributes"]),
+        ({"expires_in": timedelta(0)}, ["expires_in"]),
+        ({"expires_in": timedelta(days=40_000)}, ["expires_in"]),
+        ({"subject": "", "permissions": ["x"], "expires_in": timedelta(-1)}, ["expires_in", "permissions", "subject"]),
+    ],
+)
+async def test_every_fault_is_named(arguments: dict[str, Any], paths: list[str], house: House) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        await house.keys.issue(**{"org_id": "acme", "subject": "billing", **arguments})
+    assert [fault.path for fault in refusal.value.errors] == paths
+    assert not await house.store.list("acme")
+
+
+@given(st.uuids())
+def test_a_key_is_one_word_and_tells_its_id(key_id: UUID) -> None:
+    token = ApiKeyToken.new(key_id)
+    assert re.fullmatch("eak_[0-9A-Za-z]{22}_[0-9A-Za-z]{49}", token.text)
+    assert ApiKeyToken.parse(token.text) == token
+
+
+@given(st.uuids(), st.data())
+def test_any_single_typo_is_refused_offline(key_id: UUID, data: st.DataObject) -> None:
+    text = ApiKeyToken.new(key_id).text
+    position = data.draw(st.integers(0, len(text) - 1))
+    typo = data.draw(st.characters().filter(lambda char: char != text[position]))
+    assert ApiKeyToken.parse(text[:position] + typo + text[position + 1 :]) is None
+    assert ApiKeyToken.parse(text[:position] + text[position + 1 :]) is None
+    assert ApiKeyToken.parse(text[:position] + typo + text[position:]) is None
+
+
+def test_every_letter_in_every_place_of_a_key_counts() -> None:
+    text = ApiKeyToken.new(KEY_ID).text
+    for position, right in enumerate(text):
+        for letter in LETTERS.replace(right, ""):
+            assert ApiKeyToken.parse(text[:position] + letter + text[position + 1 :]) is None
+
+
+@pytest.mark.parametrize("text", ["", "eak_", "eak__", "a.b.c", "eak_" + "é" * 22 + "_" + "0" * 49])
+def test_what_is_no_key_is_refused_offline(text: str) -> None:
+    assert ApiKeyToken.parse(text) is None
+
+
+def test_an_id_beyond_a_uuid_is_refused() -> None:
+    assert ApiKeyToken.parse(_with_checksum(f"eak_{'z' * 22}_{'0' * 43}")) is None
+
+
+async def test_a_malformed_key_costs_no_lookup(house: House) -> None:
+    text, _ = await house.keys.issue("acme", "billing")
+    with pytest.raises(Unauthenticated):
+        await house.door.authenticate(text[:-1] + ("0" if text[-1] != "0" else "1"))
+    assert house.store.lookups == 0
+
+
+def _with_checksum(body: str) -> str:
+    return body + tokens.checksum_of(body)
