@@ -1,0 +1,70 @@
+"""What the driver raises, in the library's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from external_agents.domain.errors import AgentNotFound, ExternalAgentsError, StaleVersion, Unavailable
+
+WHAT = "The database"
+
+# SQLSTATE (PostgreSQL's appendix A): the first two characters are the class.
+_OUTAGES = {
+    "08": "the connection failed",
+    "28": "our account was refused",
+    "3D": "there is no such database",
+    "40": "rolled back: serialization failure or deadlock",
+    "53": "out of connections, disk or memory",
+    "55P03": "a lock was not to be had in time",
+    "57": "an operator or a timeout intervened, or the server is starting or stopping",
+    "58": "the server's own system failed",
+    "25006": "the server takes no writes: a standby",
+}
+_CONSTRAINTS: dict[str, type[AgentNotFound | StaleVersion]] = {
+    "fk_external_agent_invocations_external_agents": AgentNotFound,
+    # To create is to store version 1 where there is no other.
+    "pk_external_agents": StaleVersion,
+}
+
+
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """
+    Decides by SQLSTATE, and by the constraint's name where there is one, never by the text of a message.
+
+    Raises:
+        Unavailable: The connection was lost or not to be had, or the server cannot serve now.
+    """
+    try:
+        yield
+    except PoolTimeout as error:
+        raise Unavailable(WHAT) from error
+    except DBAPIError as error:
+        translated = _translated(error.orig)
+        if translated is None:
+            raise
+        raise translated from error
+    except psycopg.Error as error:
+        translated = _translated(error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _translated(error: BaseException | None) -> ExternalAgentsError | None:
+    if not isinstance(error, psycopg.Error):
+        return None
+    state = error.sqlstate
+    if state is None:
+        # The client's own: it could not connect, or the connection broke under it.
+        lost = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+        return Unavailable(WHAT) if lost else None
+    if state in _OUTAGES or state[:2] in _OUTAGES:
+        return Unavailable(WHAT)
+    known = _CONSTRAINTS.get(error.diag.constraint_name or "")
+    return known() if known else None

@@ -1,0 +1,91 @@
+"""Ending invocations: by their outcome, or by recovery's verdict when their process is gone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import attrs
+from sqlalchemy import ColumnElement, bindparam, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from external_agents.adapters.postgres.budgets import book
+from external_agents.adapters.postgres.columns import storable
+from external_agents.adapters.postgres.instances import forget
+from external_agents.adapters.postgres.rows import END_COLUMNS, attempts_text, end_values, invocation_of, money_of
+from external_agents.adapters.postgres.tables import instances, invocations
+from external_agents.domain.errors import InvocationNotFound
+from external_agents.domain.invocation import ErrorCode, ExternalAgentInvocation, InvocationStatus
+
+RECOVERED_AT_ONCE = 100
+
+_END = (
+    update(invocations)
+    .where(invocations.c.org_id == bindparam("ended_org_id"), invocations.c.id == bindparam("ended_id"))
+    .values({name: bindparam(f"ended_{name}") for name in END_COLUMNS})
+)
+_END_RUNNING = _END.where(invocations.c.status == InvocationStatus.RUNNING.value).returning(
+    invocations.c.reservation_amount, invocations.c.reservation_currency
+)
+
+
+async def settle(connection: AsyncConnection, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+    """Within a transaction; the invocation is locked first, then accounts."""
+    reserved = (await connection.execute(_END_RUNNING, _end_parameters(finished))).one_or_none()
+    if reserved is None:
+        return await _add_evidence(connection, finished)
+    reservation = money_of(*reserved)
+    await book(connection, [(finished, reservation)])
+    return attrs.evolve(finished, reservation=reservation, error_message=storable(finished.error_message))
+
+
+async def _add_evidence(connection: AsyncConnection, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+    """What had ended stays as it is; but what recovery could not know of the attempts is worth keeping."""
+    this = _is(finished.org_id, finished.id)
+    row = (await connection.execute(select(invocations).where(*this).with_for_update())).mappings().one_or_none()
+    if row is None:
+        raise InvocationNotFound
+    stored = invocation_of(row)
+    if stored.error_code is not ErrorCode.INTERRUPTED or stored.attempts:
+        return stored
+    stored = attrs.evolve(stored, attempts=finished.attempts)
+    await connection.execute(update(invocations).where(*this).values(attempts=attempts_text(stored.attempts)))
+    return stored
+
+
+async def recover_instance(connection: AsyncConnection, dead: UUID, now: datetime) -> int:
+    """Within a transaction; call it until it ends fewer than RECOVERED_AT_ONCE. A heartbeat between saves the rest."""
+    judged = select(instances.c.running_from).where(instances.c.id == dead, instances.c.lease_until < now)
+    running_from = await connection.scalar(judged.with_for_update(skip_locked=True))
+    if running_from is None:
+        return 0
+    ended = await interrupt(connection, now, invocations.c.instance_id == dead, invocations.c.id >= running_from)
+    await forget(connection, dead)
+    return ended
+
+
+async def interrupt(connection: AsyncConnection, now: datetime, *which: ColumnElement[bool]) -> int:
+    """End running invocations as unknown, charged. Those that are being settled this very moment are left alone."""
+    running = (
+        select(invocations)
+        .where(*which, invocations.c.status == InvocationStatus.RUNNING.value)
+        .order_by(invocations.c.id)
+        .limit(RECOVERED_AT_ONCE)
+        .with_for_update(skip_locked=True)
+    )
+    found = [invocation_of(row) for row in (await connection.execute(running)).mappings()]
+    ended = [invocation.interrupted(now) for invocation in found]
+    if ended:
+        await connection.execute(_END, [_end_parameters(invocation) for invocation in ended])
+    await book(connection, [(invocation, invocation.reservation) for invocation in ended])
+    return len(ended)
+
+
+def _end_parameters(invocation: ExternalAgentInvocation) -> dict[str, Any]:
+    values = {"org_id": invocation.org_id, "id": invocation.id, **end_values(invocation)}
+    return {f"ended_{name}": value for name, value in values.items()}
+
+
+def _is(org_id: str, invocation_id: UUID) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return invocations.c.org_id == org_id, invocations.c.id == invocation_id

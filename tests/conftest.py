@@ -1,0 +1,40 @@
+"""What tests of every kind may ask for: a database of one's own on a real PostgreSQL, and a real HTTP agent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from agents import Agent, serve_agent
+from external_agents.adapters.postgres.schema import migrate
+from postgres_server import PostgresServer, running_postgres
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One server a test process; with xdist, each worker has its own."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_url_template(postgres_server: PostgresServer) -> Iterator[str]:
+    """The name of a database with the newest schema. Nobody connects to it: it is copied."""
+    with postgres_server.database() as name:
+        migrate(postgres_server.url(name))
+        yield name
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer, postgres_url_template: str) -> Iterator[str]:
+    """The SQLAlchemy URL of a fresh database with the newest schema, for one test."""
+    with postgres_server.database(postgres_url_template) as name:
+        yield postgres_server.url(name)
+
+
+@pytest.fixture
+async def agent_server() -> AsyncIterator[Agent]:
+    """An agent on the loopback address that answers 200 with JSON until it is told otherwise; see `agents.py`."""
+    async with serve_agent() as agent:
+        yield agent
