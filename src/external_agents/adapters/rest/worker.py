@@ -1,0 +1,81 @@
+"""gunicorn's asgi worker, made fit for bursts of connections, for draining, and for the death of its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import weakref
+from typing import Any
+
+from gunicorn.workers.gasgi import ASGIWorker  # type: ignore[import-untyped]
+
+PR_SET_PDEATHSIG = 1
+IDLE_SWEEP_S = 0.5
+
+
+class Worker(ASGIWorker):  # type: ignore[misc]
+    """
+    Serves like `-k asgi`, and beyond that
+
+    - listens with gunicorn's `backlog`; asyncio would listen again, with 100, and drop what a burst brings beyond;
+    - closes connections that wait for no answer as soon as it drains: they would hold it until they time out, and one
+      that never sent anything has no timeout;
+    - gives the application's own shutdown what is left of `graceful_timeout`, instead of 30 s;
+    - dies with gunicorn's master, instead of draining on without it.
+    """
+
+    lifespan: Any
+
+    def init_process(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+        if os.getppid() != self.ppid:
+            os._exit(1)
+        super().init_process()
+
+    def _setup_event_loop(self) -> None:
+        super()._setup_event_loop()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
+        create_server = self.loop.create_server
+
+        async def create_deep_server(protocol_factory: Any, *, sock: Any, **options: Any) -> asyncio.Server:
+            def tracked() -> Any:
+                connection = protocol_factory()
+                self._connections.add(connection)
+                return connection
+
+            server: asyncio.Server = await create_server(tracked, sock=sock, **options)
+            sock.listen(self.cfg.backlog)
+            return server
+
+        self.loop.create_server = create_deep_server
+
+    async def _shutdown(self) -> None:
+        deadline = self.loop.time() + self.cfg.graceful_timeout
+        for server in self.servers:
+            server.close()
+        sweeping = self.loop.create_task(self._close_idle_connections())
+        lifespan = self.lifespan
+        self.lifespan = None
+        await super()._shutdown()
+        sweeping.cancel()
+        if lifespan is not None and not self._quick_shutdown:
+            await self._end_lifespan(lifespan, deadline)
+
+    async def _close_idle_connections(self) -> None:
+        while True:
+            for connection in list(self._connections):
+                if connection._awaiting_request:
+                    connection.transport.close()
+            await asyncio.sleep(IDLE_SWEEP_S)
+
+    async def _end_lifespan(self, lifespan: Any, deadline: float) -> None:
+        """Wait for the application first, for `lifespan.shutdown` gives up too early; then let that tidy up."""
+        await lifespan._receive_queue.put({"type": "lifespan.shutdown"})
+        finished = asyncio.ensure_future(lifespan._shutdown_complete.wait())
+        while not finished.done() and not self._quick_shutdown and self.loop.time() < deadline:
+            await asyncio.wait([finished], timeout=IDLE_SWEEP_S)
+        finished.cancel()
+        if not self._quick_shutdown:
+            await lifespan.shutdown()
