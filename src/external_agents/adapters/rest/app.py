@@ -1,0 +1,130 @@
+"""The API as one ASGI application."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import falcon
+import falcon.asgi
+from falcon.asgi import Request, Response
+
+from external_agents.adapters.rest.asgi import Receive, Scope, Send
+from external_agents.adapters.rest.docs import documentation_routes
+from external_agents.adapters.rest.errors import answer_error
+from external_agents.adapters.rest.health import Health, Readiness, Ready
+from external_agents.adapters.rest.incoming import Incoming, incoming_of
+from external_agents.adapters.rest.openapi import openapi_document
+from external_agents.adapters.rest.resources import Resource, api_routes
+from external_agents.application.service import ExternalAgentService
+from external_agents.ports.identity import Authenticator
+
+BODY_LIMIT_BYTES = 1_048_576
+
+LogContext: TypeAlias = Callable[..., AbstractContextManager[Any]]
+"""Called with `request_id` and `trace_id`, and entered around it; as `structlog.contextvars.bound_contextvars`."""
+
+_NOT_ASCII = re.compile(rb"[^\x00-\x7f]")
+
+
+def create_app(
+    service: ExternalAgentService,
+    *,
+    authenticator: Authenticator,
+    readiness: Readiness,
+    body_limit_bytes: int = BODY_LIMIT_BYTES,
+    log_context: LogContext = lambda **ids: nullcontext(),
+) -> falcon.asgi.App[Request, Response]:
+    """
+    The API, its documentation and its health, as an ASGI app. It also mounts inside FastAPI or Starlette.
+
+    The app opens and closes nothing: who opened the service drains and closes it, as `LifespanApp` can.
+
+    Args:
+        readiness: What `/readyz` asks: each thing that the service stands on, and what is wrong with it, or None.
+        body_limit_bytes: The largest body of a request.
+        log_context: Entered around every request with its ids.
+
+    Raises:
+        ConfigurationError: The files of the documentation page are not installed.
+    """
+    app = _App(body_limit_bytes, log_context, middleware=[_Guard(authenticator), _CommonHeaders()])
+    app.req_options.strip_url_path_trailing_slash = True
+    app.resp_options.default_media_type = falcon.MEDIA_JSON
+    app.add_error_handler(Exception, answer_error)
+    app.add_error_handler(falcon.HTTPError, answer_error)
+    routes: dict[str, Resource] = {
+        **api_routes(service),
+        "/healthz": Health(),
+        "/readyz": Ready(readiness),
+        **documentation_routes(openapi_document(service.catalog)),
+    }
+    for template, resource in routes.items():
+        app.add_route(template, resource)
+    return app
+
+
+class _App(falcon.asgi.App[Request, Response]):
+    """Falcon's app, with what has to happen before it sees a request and after it has answered."""
+
+    def __init__(self, body_limit_bytes: int, log_context: LogContext, *, middleware: list[Any]) -> None:
+        super().__init__(middleware=middleware)
+        self._body_limit_bytes = body_limit_bytes
+        self._log_context = log_context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
+        if scope["type"] == "http":
+            incoming = Incoming(scope, receive, self._body_limit_bytes)
+            with self._log_context(request_id=incoming.request_id, trace_id=incoming.trace_id):
+                await super().__call__(incoming.enter(_mended(scope)), incoming.body.opening, send)
+            await incoming.body.drain()
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close"})
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def _mended(scope: Scope) -> Scope:
+    """
+    The scope as the framework expects it: the path below the mount point, the query in ASCII.
+
+    `path` holds `root_path` in ASGI's present wording and does not in its older one; both are met.
+    """
+    mended = scope.copy()
+    root_path = scope.get("root_path", "").rstrip("/")
+    below = scope["path"].removeprefix(root_path)
+    mended["root_path"] = root_path
+    if root_path and (below.startswith("/") or not below):
+        mended["path"] = below
+    mended["query_string"] = _NOT_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], scope.get("query_string", b""))
+    return mended
+
+
+class _Guard:
+    """Lets nobody without credentials near a resource, unless it is open to anybody."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def process_resource(self, req: Request, resp: Response, resource: Resource, params: dict[str, Any]) -> None:
+        if not resource.is_open:
+            incoming = incoming_of(req)
+            incoming.principal = await self._authenticator.authenticate(incoming.bearer_token())
+        if req.method not in resource.methods and req.method != "OPTIONS":
+            raise falcon.HTTPMethodNotAllowed(resource.methods)
+
+
+class _CommonHeaders:
+    async def process_response(
+        self, req: Request, resp: Response, resource: Resource | None, req_succeeded: bool
+    ) -> None:
+        incoming = incoming_of(req)
+        resp.set_header("X-Request-Id", incoming.request_id)
+        resp.set_header("X-Content-Type-Options", "nosniff")
+        if not resp.get_header("Cache-Control"):
+            resp.set_header("Cache-Control", "no-store")
+        if incoming.body.spoils_connection and req.scope.get("http_version", "1.1").startswith("1"):
+            resp.set_header("Connection", "close")

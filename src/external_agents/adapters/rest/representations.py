@@ -1,0 +1,122 @@
+"""What agents and invocations look like in JSON. Numbers and payloads keep every digit: no float stands between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+import orjson
+
+from external_agents.application.parameters import AgentPage, InvocationPage
+from external_agents.domain.agent import ExternalAgent
+from external_agents.domain.budget import Money
+from external_agents.domain.invocation import Attempt, ExternalAgentInvocation
+from external_agents.domain.json_values import JsonText, JsonValue, dumps
+from external_agents.domain.rate_limit import RateQuotas
+
+Json: TypeAlias = dict[str, Any]
+"""For `orjson.dumps`: beside the usual values it holds fragments of ready JSON text."""
+
+
+def agent_json(agent: ExternalAgent) -> Json:
+    return {
+        "id": str(agent.id),
+        "org_id": agent.org_id,
+        "name": agent.name,
+        "description": agent.description,
+        "provider": agent.provider,
+        "webhook_url": agent.webhook_url,
+        "auth_type": agent.auth_type,
+        "auth_config": _config(agent.auth_config),
+        "platform_config": _config(agent.platform_config),
+        "rate_limit_config": _config(agent.rate_limit_config),
+        "budget_config": _config(agent.budget_config),
+        "tags": agent.tags,
+        "timeout_s": int(agent.timeout_s) if agent.timeout_s == int(agent.timeout_s) else agent.timeout_s,
+        "max_attempts": agent.max_attempts,
+        "status": agent.status.value,
+        "created_by": agent.created_by,
+        "updated_by": agent.updated_by,
+        "created_at": _moment(agent.created_at),
+        "updated_at": _moment(agent.updated_at),
+        "version": agent.version,
+    }
+
+
+def agent_page_json(page: AgentPage) -> Json:
+    return {
+        "items": [agent_json(agent) for agent in page.items],
+        "page": page.page,
+        "limit": page.limit,
+        "total": page.total,
+        "pages": page.pages,
+    }
+
+
+def invocation_json(invocation: ExternalAgentInvocation) -> Json:
+    return {
+        "id": str(invocation.id),
+        "org_id": invocation.org_id,
+        "external_agent_id": str(invocation.external_agent_id),
+        "lineage_hop_id": invocation.lineage_hop_id,
+        "initiated_by": invocation.initiated_by,
+        "status": invocation.status.value,
+        "request_payload": _text(invocation.request),
+        "response_payload": None if invocation.response is None else _text(invocation.response),
+        "response_status": invocation.response_status,
+        "attempts": [_attempt(attempt) for attempt in invocation.attempts],
+        "execution_time_ms": invocation.execution_time_ms,
+        "error_code": invocation.error_code.value if invocation.error_code else None,
+        "error_message": invocation.error_message,
+        "cost": _money(invocation.cost) if invocation.cost else None,
+        "cost_overrun": invocation.cost_overrun,
+        "trace_id": invocation.trace_id,
+        "created_at": _moment(invocation.created_at),
+        "completed_at": _moment(invocation.completed_at) if invocation.completed_at else None,
+    }
+
+
+def invocation_page_json(page: InvocationPage) -> Json:
+    return {"items": [invocation_json(invocation) for invocation in page.items], "next_cursor": page.next_cursor}
+
+
+def quota_headers(quotas: RateQuotas) -> dict[str, str]:
+    """
+    RateLimit and RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers), as far as limits are set.
+
+    `q`: the limit; `w`: its window in seconds; `r`: what is left; `t`: seconds until more comes free.
+    """
+    if not quotas.quotas:
+        return {}
+    return {
+        "RateLimit-Policy": ", ".join(
+            f'"{quota.window.value}";q={quota.limit};w={quota.window.seconds}' for quota in quotas.quotas
+        ),
+        "RateLimit": ", ".join(
+            f'"{quota.window.value}";r={quota.remaining};t={math.ceil(quota.resets_in_s)}' for quota in quotas.quotas
+        ),
+    }
+
+
+def _config(config: Mapping[str, JsonValue] | None) -> orjson.Fragment | None:
+    return None if config is None else orjson.Fragment(dumps(config).encode())
+
+
+def _text(payload: JsonText) -> orjson.Fragment:
+    return orjson.Fragment(payload.text.encode())
+
+
+def _attempt(attempt: Attempt) -> Json:
+    came: Json = {"status": attempt.status} if attempt.error is None else {"error": attempt.error.value}
+    return {"at": _moment(attempt.at), **came, "duration_ms": attempt.duration_ms}
+
+
+def _money(money: Money) -> Json:
+    return {"amount": money.plain_amount, "currency": money.currency}
+
+
+def _moment(at: datetime) -> str:
+    """RFC 3339 in UTC, always with microseconds."""
+    return at.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
