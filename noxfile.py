@@ -45,7 +45,7 @@ def layers(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core and the memory adapters with nothing but the core's dependencies installed."""
     session.install(".", *_tests(session))
-    session.run("pytest", "tests/core", *session.posargs)
+    session.run("pytest", "-q", "tests/unit", "tests/properties", "tests/contracts/test_memory.py", *session.posargs)
 
 
 @nox.session

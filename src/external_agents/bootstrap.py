@@ -34,7 +34,7 @@ from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
 from external_agents.adapters.telemetry import StructlogObservability, configure_logging
-from external_agents.adapters.webhook import WebhookTransport
+from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
@@ -95,7 +95,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     ledger = PostgresLedger(engine, ids.new_id())
-    transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes)
+    transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
         agent_writer=agents,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
-import click
 import typer
 
 from external_agents.cli import agents, check, invocations, keys, migrate, serve
 from external_agents.cli.output import complain
 from external_agents.domain.errors import ExternalAgentsError, ValidationError
 
+WRONG_USAGE = 2
 INTERRUPTED = 130
 
 _log = logging.getLogger(__name__)
 
+# typer carries a click of its own since 0.26, stood on the package click before that, and exports this class in neither.
+_UsageError: Any = typer.BadParameter.__base__
+
 app = typer.Typer(
     name="external-agents",
-    help="Register agents that live elsewhere, and invoke them under control.",
+    help="Register agents that live elsewhere, and invoke them under control.\n\nExample: external-agents serve --dev",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,12 +41,12 @@ def run(arguments: list[str] | None = None) -> int:
     """Carry out one command line. Returns the exit status."""
     try:
         status = app(arguments, standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
-        return 2
-    except click.exceptions.Exit as done:
+    except _UsageError as error:
+        _complain_of_usage(error)
+        return WRONG_USAGE
+    except typer.Exit as done:
         return done.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except ValidationError as invalid:
         for fault in invalid.errors:
@@ -58,3 +62,9 @@ def run(arguments: list[str] | None = None) -> int:
         complain(f"Unexpected {type(error).__name__}; EXTERNAL_AGENTS_LOG_LEVEL=debug shows where.")
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _complain_of_usage(error: Any) -> None:
+    if message := error.format_message():  # Without one, the help has been shown.
+        command = error.ctx.command_path if error.ctx else app.info.name
+        complain(f"{message.rstrip('.')}. See {command} --help")

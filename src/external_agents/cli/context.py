@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 from uuid import UUID
 
-import click
 import typer
 
 from external_agents.adapters.telemetry import configure_logging
@@ -21,7 +20,17 @@ from external_agents.settings import Settings
 
 T = TypeVar("T")
 
-OrgOption = Annotated[str, typer.Option("--org", metavar="ORG", help="The organisation.", show_default=False)]
+
+def _org_id(text: str) -> str:
+    try:
+        return Principal(text, "-", ()).org_id
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+OrgOption = Annotated[
+    str, typer.Option("--org", metavar="ORG", help="The organisation.", show_default=False, callback=_org_id)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, for programs.")]
 AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.", show_default=False)]
 
@@ -35,27 +44,19 @@ def with_installation(work: Callable[[Installation], Awaitable[T]]) -> T:
 
 
 def operator_of(org_id: str) -> Principal:
-    """
-    The local operator, who may do everything within the organisation named on the command line.
-
-    Raises:
-        click.UsageError: It is no organisation's id.
-    """
-    try:
-        return Principal(org_id, f"operator:{_user()}", PERMISSIONS)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--org") from None
+    """The local operator, who may do everything within the organisation named on the command line."""
+    return Principal(org_id, f"operator:{_user()}", PERMISSIONS)
 
 
 def parse_id(text: str, name: str) -> UUID:
     """
     Raises:
-        click.UsageError: It is no UUID.
+        typer.BadParameter: It is no UUID.
     """
     try:
         return UUID(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no id", param_hint=name) from None
+        raise typer.BadParameter(f"{text!r} is no id", param_hint=name) from None
 
 
 def read_document(argument: str | None) -> bytes:
@@ -63,12 +64,12 @@ def read_document(argument: str | None) -> bytes:
     The bytes of a document given as text, as `@FILE`, or on stdin (`-`, or nothing at all).
 
     Raises:
-        click.UsageError: Nothing was given and stdin is a terminal.
+        typer.BadParameter: Nothing was given and stdin is a terminal.
         ConfigurationError: The file cannot be read.
     """
     if argument is None or argument == "-":
         if argument is None and sys.stdin.isatty():
-            raise click.UsageError("Give a JSON document as an argument, as @FILE, or on stdin.")
+            raise typer.BadParameter("give it as an argument, as @FILE, or on stdin", param_hint="the JSON document")
         return sys.stdin.buffer.read()
     if argument.startswith("@"):
         try:

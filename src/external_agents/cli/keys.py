@@ -6,7 +6,6 @@ import re
 from datetime import datetime, timedelta
 from typing import Annotated
 
-import click
 import typer
 
 from external_agents.cli.context import JsonOption, OrgOption, parse_id, with_installation
@@ -117,7 +116,7 @@ def _attributes(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or name in attributes:
-            raise click.BadParameter(f"{pair!r} is not NAME=VALUE with a name of its own", param_hint="--attribute")
+            raise typer.BadParameter(f"{pair!r} is not NAME=VALUE with a name of its own", param_hint="--attribute")
         attributes[name] = value
     return attributes
 
@@ -127,5 +126,5 @@ def _duration(text: str | None) -> timedelta | None:
         return None
     match = _DURATION.fullmatch(text)
     if match is None:
-        raise click.BadParameter(f"{text!r} is no number with s, m, h or d behind it", param_hint="--expires-in")
+        raise typer.BadParameter(f"{text!r} is no number with s, m, h or d behind it", param_hint="--expires-in")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
