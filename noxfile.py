@@ -31,7 +31,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the library, and over the file that shows how it looks from outside."""
     session.install(".[serve]", *TYPE_CHECKER, *_tests(session))
-    session.run("mypy", "src", "tests/typing")
+    session.run("mypy", "src", "tests/typing", "docs/generate.py")
 
 
 @nox.session
@@ -39,6 +39,13 @@ def layers(session: nox.Session) -> None:
     """Every arrow points inward."""
     session.install("-e", ".[serve]", *LAYERS, *_tests(session))
     session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def documents(session: nox.Session) -> None:
+    """What the documents say of schemas, settings and commands is what the code says."""
+    session.install(".[serve]")
+    session.run("python", "docs/generate.py", "--check")
 
 
 @nox.session

@@ -414,11 +414,16 @@ def command(name: str) -> str:
 
 
 def _commands(group: Any = None, prefix: str = "") -> Iterator[tuple[str, Command]]:
-    for name, found in (group or typer.main.get_command(app)).commands.items():
+    members: Mapping[str, Command] = (group or _top()).commands
+    for name, found in members.items():
         if hasattr(found, "commands"):
             yield from _commands(found, f"{prefix}{name} ")
         else:
             yield f"{prefix}{name}", found
+
+
+def _top() -> Command:
+    return typer.main.get_command(app)
 
 
 def _first_line(found: Command) -> str:
@@ -460,14 +465,14 @@ def _option(option: Any, hints: Mapping[str, Any]) -> tuple[str, str, str]:
 # The layout.
 
 _UNSAID = {
-    "": "the public face: domain types, errors and `ExternalAgentService`; imports no adapter",
-    "domain": "pure values and rules: no I/O, no clock, no randomness",
-    "application": "the use cases, on ports alone",
-    "adapters": "each behind an extra of its own",
-    "adapters/postgres": "tables, repositories, ledger, migrations, partitions; the embedded server",
-    "adapters/rest": "the API on Falcon ASGI; OpenAPI from the domain's schemas; gunicorn's worker",
+    "": "The public face: domain types, errors and ExternalAgentService; imports no adapter",
+    "domain": "Pure values and rules: no I/O, no clock, no randomness",
+    "application": "The use cases, on ports alone",
+    "adapters": "Each behind an extra of its own",
+    "adapters/postgres": "Tables, repositories, ledger, migrations, partitions; the embedded server",
+    "adapters/webhook": "POSTs to agents: connections past the egress guard, credentials, limits",
 }
-"""Of packages without a docstring, or with one that is meant for readers of the code."""
+"""Of packages without a docstring, and of the top one, whose own is for its users."""
 
 _OPENED = ("domain", "ports", "application")
 """Packages whose modules are listed one by one."""
@@ -478,7 +483,9 @@ def layout(_: str) -> str:
     for path in sorted(PACKAGE.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         if path.suffix == ".py" and path.name != "__init__.py":
             lines.append((f"  {path.name}", _docstring(path)))
-    for package in ("domain", "ports", "application", "adapters", "cli", "testing"):
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    inward = [*_OPENED, "adapters"]
+    for package in (*inward, *sorted(packages.difference(inward))):
         lines.append((f"  {package}/", _package_line(package)))
         for path in sorted((PACKAGE / package).iterdir()):
             if package in _OPENED and path.suffix == ".py" and path.name != "__init__.py":
@@ -497,7 +504,7 @@ def _docstring(path: Path) -> str:
     """The first sentence, up to its first stop."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     sentence = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[a-z`)])[.;](?: |$)", sentence)[0]
+    return re.split(r"(?<=[a-z`)])[.;](?: |$)", sentence)[0].rstrip(".")
 
 
 PARTS: Mapping[str, Callable[[str], str]] = {

@@ -265,6 +265,36 @@ async def serve_agent(*answers: Answer, ssl_context: ssl.SSLContext | None = Non
         await agent.stop()
 
 
+@contextlib.asynccontextmanager
+async def hasty_agent(answer: bytes) -> AsyncIterator[tuple[str, Callable[[], Coroutine[Any, Any, int]]]]:
+    """
+    An agent for one connection that answers at once, without reading what it was asked. Yields its URL, and what tells
+    how many bytes of the request come after all until the connection ends.
+    """
+    may_read = asyncio.Event()
+    received: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def answer_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        await may_read.wait()
+        count = 0
+        with contextlib.suppress(ConnectionError):
+            while octets := await reader.read(1 << 20):
+                count += len(octets)
+        writer.transport.abort()
+        received.set_result(count)
+
+    async def reading() -> int:
+        may_read.set()
+        async with asyncio.timeout(PATIENCE_S):
+            return await received
+
+    server = await asyncio.start_server(answer_at_once, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", reading
+        await reading()
+
+
 @attrs.define
 class Issuer:
     """

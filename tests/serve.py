@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,11 +55,12 @@ def home_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def environment(home: Path, env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The test's own, without what would change the service, and with `env` (names without their prefix)."""
+def environment(home: Path, env: Mapping[str, str] | None = None, path: str | None = None) -> dict[str, str]:
+    """The test's own, without what would change the service; with `env` (names without their prefix) and PATH."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith(("EXTERNAL_AGENTS_", "COLUMNS"))}
     given = {"HOME": str(home), **(env or {})}
-    return {**kept, **{f"EXTERNAL_AGENTS_{name}": text for name, text in given.items()}}
+    given = {f"EXTERNAL_AGENTS_{name}": text for name, text in given.items()}
+    return {**kept, **given, **({"PATH": path} if path else {})}
 
 
 def run(
@@ -67,17 +68,15 @@ def run(
     home: Path,
     env: Mapping[str, str] | None = None,
     stdin: str = "",
-    program: Path = PROGRAM,
-    timeout_s: float = COMMAND_S,
 ) -> subprocess.CompletedProcess[str]:
     """One command. Never may it show a traceback."""
     done = subprocess.run(
-        [str(program), *arguments],
+        [str(PROGRAM), *arguments],
         env=environment(home, env),
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=COMMAND_S,
     )
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return done
@@ -92,15 +91,17 @@ class Serve:
         pid: Of the supervisor.
     """
 
-    def __init__(self, home: Path, arguments: tuple[str, ...], env: Mapping[str, str] | None, program: Path) -> None:
+    def __init__(
+        self, home: Path, argv: Sequence[str], env: Mapping[str, str] | None = None, path: str | None = None
+    ) -> None:
         self.home = home
         self.address = ""
         self._folder = Path(tempfile.mkdtemp(prefix="xa-serve-"))
-        launch = Launch(argv=[str(program), "serve", *arguments], death_signal=signal.SIGTERM)
+        launch = Launch(argv=argv, death_signal=signal.SIGTERM)
         with (self._folder / "stdout").open("wb") as stdout, (self._folder / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen(
                 launch.command(),
-                env=environment(home, env),
+                env=environment(home, env, path),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -174,10 +175,15 @@ class Serve:
 
 
 @contextmanager
-def serving(
-    home: Path, *arguments: str, env: Mapping[str, str] | None = None, port: int = 0, program: Path = PROGRAM
-) -> Iterator[Serve]:
-    serve = Serve(home, ("--port", str(port), "--workers", "2", *arguments), env, program)
+def serving(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Serve]:
+    """`external-agents serve` on a free port."""
+    with started(Serve(home, [str(PROGRAM), "serve", "--port", "0", "--workers", "2", *arguments], env)) as serve:
+        yield serve
+
+
+@contextmanager
+def started(serve: Serve) -> Iterator[Serve]:
+    """It answers when the block begins, and is gone when it has ended."""
     try:
         serve.wait_until_ready()
         yield serve

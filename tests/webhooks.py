@@ -64,6 +64,8 @@ async def open_transport(
         ssl_context=ssl_context,
     )
     try:
+        # The first exchange prepares TLS and the pool; a deadline in a test should be about something else.
+        await transport.exchange(request_to("http://127.0.0.1:1/", timeout_s=20))
         yield transport
     finally:
         await transport.aclose()

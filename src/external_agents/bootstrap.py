@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from external_agents.adapters.memory.system import SystemClock, SystemIds
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
+from external_agents.adapters.postgres.embedded_home import unusable
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
@@ -46,6 +48,7 @@ AUTH_SCHEMES_GROUP = "external_agents.auth_schemes"
 PLATFORMS_GROUP = "external_agents.platforms"
 PARTITIONS_EVERY_S = 86_400.0
 PARTITIONS_AGAIN_S = 60.0
+BACKGROUND_AGAIN_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +65,17 @@ class Installation:
 
     async def readiness(self) -> Mapping[str, str | None]:
         """What must be there to serve, by name, and why it is not; None where it is."""
-        state = await check(self.engine)
-        schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
-        return {
-            "database": None if state.database else "the database cannot be reached",
-            "schema": schema if state.database else "unknown: the database cannot be reached",
-            "keys": None,
-        }
+        return {**await database_readiness(self.engine), "keys": None}
+
+
+async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
+    """`database` and `schema`, and what is wrong with each, or None."""
+    state = await check(engine)
+    schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
+    return {
+        "database": None if state.database else "the database cannot be reached",
+        "schema": schema if state.database else "unknown: the database cannot be reached",
+    }
 
 
 @asynccontextmanager
@@ -111,7 +118,8 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         catalog=discover_catalog(),
     )
     store = PostgresApiKeys(engine)
-    background = [asyncio.create_task(keep_up(ledger, clock)), asyncio.create_task(_keep_partitions(engine))]
+    upkeep = (partial(keep_up, ledger, clock), partial(_keep_partitions, engine))
+    background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
         yield Installation(
             service=service,
@@ -185,6 +193,7 @@ def load_key_ring(settings: Settings) -> KeyRing:
     """
     Raises:
         ConfigurationError: The keys are malformed; or there are none and the database is an external one.
+        EmbeddedPostgresError: HOME cannot be used.
     """
     if settings.secret_keys is not None:
         return KeyRing.parse(settings.secret_keys)
@@ -194,7 +203,10 @@ def load_key_ring(settings: Settings) -> KeyRing:
             "set it to k1:KEY, where `openssl rand -base64 32` prints a KEY, and keep it as safe as the database."
         )
     home = home_folder(settings)
-    make_home(home)
+    try:
+        make_home(home)
+    except OSError as error:
+        raise unusable(error) from error
     return KeyRing.load_or_create(home / "secret-keys")
 
 
@@ -229,3 +241,13 @@ async def _keep_partitions(engine: AsyncEngine) -> None:
         except Unavailable as outage:
             _log.warning("the upkeep of partitions waits: %s", outage)
             await asyncio.sleep(PARTITIONS_AGAIN_S)
+
+
+async def _kept_running(work: Callable[[], Awaitable[None]]) -> None:
+    """What runs in the background outlives its failures, such as a schema that is behind."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            _log.exception("background work failed; it begins again in %.0f s", BACKGROUND_AGAIN_S)
+        await asyncio.sleep(BACKGROUND_AGAIN_S)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
 import environ
@@ -27,6 +28,11 @@ def _database_url(url: str | None) -> str | None:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in {"postgresql", "postgres", "postgresql+psycopg"}:
         raise ValueError("must begin with postgresql://")
+    try:
+        urlsplit(f"postgresql://{rest}").port  # noqa: B018  it judges when it is asked
+    except ValueError:
+        # What is wrong with it may be a part of the password.
+        raise ValueError("is no valid URL: percent-encode what is special in a password") from None
     return f"postgresql+psycopg://{rest}"
 
 
@@ -86,10 +92,11 @@ class Settings:
         """
         given = {name: text for name, text in (os.environ if environment is None else environment).items() if text}
         faults = [fault for field in _fields(cls) if (fault := _fault(cls, field, given))]
+        faults += _egress_faults(given.get(variable_of("egress_allow"), ""), EgressPolicy.parse)
+        faults += _egress_faults(given.get(variable_of("egress_ports"), ""), partial(EgressPolicy.parse, ""))
         if faults:
             raise ConfigurationError("; ".join(faults))
         settings: Settings = environ.to_config(cls, given)
-        EgressPolicy.parse(settings.egress_allow, settings.egress_ports)
         return settings
 
     @classmethod
@@ -126,3 +133,11 @@ def _fault(settings: type[Settings], field: str, given: Mapping[str, str]) -> st
     except ValueError as error:
         return f"{variable} {error}"
     return None
+
+
+def _egress_faults(words: str, parse: Callable[[str], object]) -> Iterator[str]:
+    for word in words.split(","):
+        try:
+            parse(word)
+        except ConfigurationError as error:
+            yield str(error).removesuffix(".")

@@ -152,7 +152,9 @@ async def test_an_agent_of_each_provider(api: httpx.AsyncClient, agent: Agent, p
 async def test_an_agent_of_each_auth_type(api: httpx.AsyncClient, agent: Agent, auth_type: str) -> None:
     config, headers = AUTH[auth_type]
     created = await create(api, agent, auth_type=auth_type, **({"auth_config": config} if config else {}))
-    answer = await api.post(f"{API}/{created['id']}/invoke", json={"input": "hello"})
+    path = f"{API}/{created['id']}"
+    assert (await api.patch(path, json={"name": "Renamed"})).status_code == 200, "an omitted secret is kept"
+    answer = await api.post(f"{path}/invoke", json={"input": "hello"})
     assert answer.status_code == 200, answer.text
     [seen] = agent.requests
     assert {name: seen.headers.get(name) for name in headers} == headers

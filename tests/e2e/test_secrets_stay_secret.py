@@ -41,7 +41,7 @@ WRONG: list[dict[str, Any]] = [
     {"auth_type": "custom", "auth_config": {"headers": {"X-Secret": [f"{CANARY}-in-list"]}}},
     {"auth_type": "custom", "auth_config": f"{CANARY}-text"},
     {"provider": "slack", "platform_config": {"webhook_url": f"http://10.0.0.1:{CANARY}", "channel": "#x"}},
-    {"provider": "telegram", "platform_config": {"bot_token": f"{CANARY} \ud800", "chat_id": 1}},
+    {"provider": "telegram", "platform_config": {"bot_token": f"{CANARY}/../x", "chat_id": 1.5}},
 ]
 
 pytestmark = pytest.mark.xdist_group("e2e")

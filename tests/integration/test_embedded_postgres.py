@@ -37,7 +37,7 @@ from external_agents.adapters.postgres.embedded_account import (
     nobody_account,
 )
 from external_agents.adapters.postgres.embedded_log import MAX_BYTES, ServerLog
-from external_agents.adapters.postgres.embedded_server import binaries
+from external_agents.adapters.postgres.embedded_programs import binaries
 
 GONE_WITHIN_S = 30.0
 LONGEST_S = 120.0
@@ -185,6 +185,16 @@ def cleaned(home: Path) -> Iterator[Path]:
     finally:
         for pid in of_home(home):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def socket_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where sockets lie; killed owners leave empty folders behind."""
+    with tempfile.TemporaryDirectory(prefix="ea-", dir="/tmp") as folder:
+        Path(folder).chmod(0o1777)
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture
@@ -523,6 +533,6 @@ def as_an_ordinary_user() -> list[str]:
         return []
     launch = [sys.executable, "-I", "-S", str(LAUNCH_SCRIPT), str(os.getpid()), str(int(signal.SIGKILL))]
     as_nobody = [*launch, nobody_account().launch_form, "--"]
-    reach = "import os; from external_agents.adapters.postgres.embedded_server import binaries; os.stat(binaries())"
+    reach = "import os; from external_agents.adapters.postgres.embedded_programs import binaries; os.stat(binaries())"
     tried = subprocess.run([*as_nobody, sys.executable, "-c", reach], stderr=subprocess.DEVNULL)
     return as_nobody if tried.returncode == 0 else [*launch, namespaced_account().launch_form, "--"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from uuid import UUID, uuid4
 
@@ -55,12 +54,10 @@ class Scene:
 
 
 @pytest.fixture
-async def scene(
-    postgres_agents: PostgresAgents, open_engine: OpenEngine, shifted_clock: ShiftedClock
-) -> AsyncIterator[Scene]:
+async def scene(postgres_agents: PostgresAgents, open_engine: OpenEngine, shifted_clock: ShiftedClock) -> Scene:
     agent = make_agent(budget_config={"max_cost_per_invocation": 1})
     await postgres_agents.create(agent)
-    yield Scene(open_engine(shifted_clock.url), shifted_clock, agent)
+    return Scene(open_engine(shifted_clock.url), shifted_clock, agent)
 
 
 async def test_a_new_process_judges_after_a_full_lease(scene: Scene) -> None:
@@ -113,8 +110,7 @@ async def test_a_judge_whose_heartbeat_failed_begins_anew(scene: Scene) -> None:
     await scene.living(LEASE_S + HEARTBEAT_S, judge)
     await _break_connections(scene)
     with pytest.raises(Unavailable):
-        while True:  # As many times as there are connections in the pool.
-            await judge.heartbeat()
+        await judge.heartbeat()
     await judge.heartbeat()
     assert await judge.recover() == 0
     assert await scene.status(left) is InvocationStatus.RUNNING
@@ -179,6 +175,21 @@ async def test_a_heartbeat_between_saves_the_rest(scene: Scene) -> None:
     await scene.living(LEASE_S + HEARTBEAT_S, judge)
     await late.heartbeat()
     assert await judge.recover() == 0
+    assert await scene.status(left) is InvocationStatus.RUNNING
+
+
+async def test_a_heartbeat_during_a_recovery_saves_what_it_has_not_come_to(scene: Scene) -> None:
+    dead, late, judge = scene.new_ledger(UUID(int=1)), scene.new_ledger(UUID(int=2)), scene.new_ledger()
+    lost, left = await scene.admitted(dead), await scene.admitted(late)
+    await judge.heartbeat()
+    await scene.living(LEASE_S + HEARTBEAT_S, judge)
+    with psycopg.connect(dsn(scene.clock.url)) as connection:
+        connection.execute("SELECT FROM external_agent_budgets FOR UPDATE")
+        recovery = asyncio.create_task(judge.recover())
+        await wait_for_lock(scene.clock.url)
+        await late.heartbeat()
+    assert await recovery == 1
+    assert await scene.status(lost) is InvocationStatus.UNKNOWN
     assert await scene.status(left) is InvocationStatus.RUNNING
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -201,6 +202,16 @@ class Serve:
         finally:
             for pid in filter(alive, self.pids):
                 os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def socket_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where sockets lie; killed owners leave empty folders behind."""
+    with tempfile.TemporaryDirectory(prefix="ea-", dir="/tmp") as folder:
+        Path(folder).chmod(0o1777)
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import gzip
 import time
 import tracemalloc
@@ -14,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agents import Agent, Reply, Seen, Wire, serve_agent
+from agents import Agent, Reply, Seen, Wire, hasty_agent
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.domain.invocation import ErrorCode, Outcome
 from external_agents.domain.retry import is_retried
@@ -48,35 +46,6 @@ def flooding(start: bytes, flood: bytes) -> Callable[[Seen, Wire], Awaitable[Non
         await wire.flood(flood)
 
     return answer
-
-
-@contextlib.asynccontextmanager
-async def hasty_agent(answer: bytes) -> AsyncIterator[tuple[str, Callable[[], Awaitable[int]]]]:
-    """
-    An agent that answers at once, without reading what it was asked. Yields its URL, and what tells how many bytes of
-    the request come after all until the connection ends.
-    """
-
-    async def answer_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer)
-        await writer.drain()
-        await may_read.wait()
-        count = 0
-        with contextlib.suppress(ConnectionError):
-            while octets := await reader.read(1 << 20):
-                count += len(octets)
-        writer.close()
-        received.set_result(count)
-
-    async def reading() -> int:
-        may_read.set()
-        return await received
-
-    may_read: asyncio.Event = asyncio.Event()
-    received: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    server = await asyncio.start_server(answer_at_once, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", reading
 
 
 class TestSize:
@@ -148,15 +117,20 @@ class TestSize:
         [
             b"X-Large: " + b"x" * 20_000 + b"\r\n",
             b"X" * 20_000 + b": 1\r\n",
-            b"X-Many: 1\r\n" * 1_000,
+            (b"X-Many: " + b"x" * 8_000 + b"\r\n") * 100,
         ],
-        ids=["value", "name", "number"],
+        ids=["value", "name", "all"],
     )
     async def test_headers_are_bounded(self, transport: WebhookTransport, agent_server: Agent, head: bytes):
         agent_server.answers(Reply(raw=b"HTTP/1.1 200 OK\r\n" + head + b"Content-Length: 0\r\n\r\n"))
         outcome = await transport.exchange(request_to(agent_server.url))
         assert told(outcome) == (ErrorCode.RESPONSE_TOO_LARGE, None, True)
-        assert outcome.message == "The agent's answer has too large a header."
+        assert outcome.message == "The agent's answer has too much around its body."
+
+    async def test_the_number_of_headers_is_bounded(self, transport: WebhookTransport, agent_server: Agent):
+        agent_server.answers(Reply(raw=b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 1_000 + b"Content-Length: 0\r\n\r\n"))
+        outcome = await transport.exchange(request_to(agent_server.url))
+        assert told(outcome) == (ErrorCode.CONNECTION_FAILED, None, True)
 
     @pytest.mark.parametrize(
         "start",
@@ -230,17 +204,22 @@ class TestTime:
         """Something arrives all the time, so no bound on a single read would end it."""
         agent_server.answers(Reply(raw=raw, drip_s=drip_s))
         began_s = time.monotonic()
-        outcome = await transport.exchange(request_to(agent_server.url, timeout_s=0.5))
+        outcome = await transport.exchange(request_to(agent_server.url, timeout_s=1))
         assert told(outcome) == (ErrorCode.TIMEOUT, None, True)
         assert outcome.message == "The agent did not answer in time."
         assert time.monotonic() - began_s < 0.01 * len(raw)
 
     @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Hints\r\nX: 1\r\n\r\n"])
-    async def test_a_flood_of_interim_answers_ends(self, transport, agent_server: Agent, interim: bytes):
-        agent_server.answers(flooding(interim, interim * 1_000))
-        outcome = await transport.exchange(request_to(agent_server.url, timeout_s=0.5))
-        assert told(outcome) == (ErrorCode.TIMEOUT, None, True)
+    async def test_a_flood_of_interim_answers_is_cut_off(self, transport, agent_server: Agent, interim: bytes):
+        agent_server.answers(flooding(interim, interim * 100))
+        outcome = await transport.exchange(request_to(agent_server.url))
+        assert told(outcome) == (ErrorCode.RESPONSE_TOO_LARGE, None, True)
         await agent_server.until(lambda: agent_server.open_connections == 0)
+
+    async def test_a_drip_of_interim_answers_ends(self, transport: WebhookTransport, agent_server: Agent):
+        agent_server.answers(Reply(raw=b"HTTP/1.1 100 Continue\r\n\r\n" * 100, drip_s=0.01))
+        outcome = await transport.exchange(request_to(agent_server.url, timeout_s=1))
+        assert told(outcome) == (ErrorCode.TIMEOUT, None, True)
 
     async def test_an_interim_answer_is_skipped(self, transport: WebhookTransport, agent_server: Agent):
         agent_server.answers(Reply(raw=b"HTTP/1.1 102 Processing\r\n\r\n" + Reply(body=b"7").wire))
@@ -256,7 +235,7 @@ class TestTime:
 
     async def test_an_agent_that_never_reads_holds_no_memory_afterwards(self, transport, agent_server: Agent):
         """Closing a connection would wait until the unsent rest is read: the connection has to be cut."""
-        body = b'"' + b"x" * 32_000_000 + b'"'
+        body = b'"' + b"x" * 32_000_000 + b'"'  # More than the sockets' buffers hold.
         agent_server.reads.clear()
         outcome = await transport.exchange(request_to(agent_server.url, body=body, timeout_s=1))
         assert told(outcome) == (ErrorCode.TIMEOUT, None, True)
@@ -267,7 +246,7 @@ class TestTime:
 
     async def test_an_answer_before_the_request_is_read_is_an_answer(self, transport: WebhookTransport):
         async with hasty_agent(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\n{}") as (url, reading):
-            body = b'"' + b"x" * 32_000_000 + b'"'
+            body = b'"' + b"x" * 32_000_000 + b'"'  # More than the sockets' buffers hold.
             outcome = await transport.exchange(request_to(url, body=body, timeout_s=10))
             assert told(outcome) == (ErrorCode.HTTP_STATUS, 413, False)
             assert await reading() < len(body)
@@ -319,15 +298,3 @@ class TestBrokenAnswers:
         assert outcome.error in {None, *ErrorCode} - {ErrorCode.EGRESS_REFUSED, ErrorCode.TIMEOUT}
         if outcome.answer is not None:
             outcome.answer.text.encode("utf-8")
-
-
-class TestOthers:
-    async def test_nobody_else_waits_for_a_hostile_agent(self, transport: WebhookTransport, agent_server: Agent):
-        async with serve_agent(flooding(b"HTTP/1.1 100 C\r\n\r\n", b"HTTP/1.1 100 C\r\n\r\n" * 100)) as hostile:
-            attack = asyncio.create_task(transport.exchange(request_to(hostile.url, timeout_s=20)))
-            await hostile.until(lambda: len(hostile.requests) == 1)
-            outcomes = [await transport.exchange(request_to(agent_server.url, timeout_s=10)) for _ in range(20)]
-            assert {outcome.error for outcome in outcomes} == {None}
-            assert not attack.done()
-            attack.cancel()
-            await asyncio.gather(attack, return_exceptions=True)

@@ -89,9 +89,7 @@ class TestWhatTheAgentReceives:
         assert seen.headers.get(name) == value
 
     async def test_credentials_cannot_replace_what_the_exchange_stands_on(self, transport, agent_server: Agent):
-        credentials = FixedHeaders(
-            {"Accept-Encoding": "gzip", "content-TYPE": "text/plain", "IDEMPOTENCY-key": "theirs"}
-        )
+        theirs = {"Accept-Encoding": "gzip", "content-TYPE": "text/plain", "IDEMPOTENCY-key": "theirs"}
         await transport.exchange(
             request_to(agent_server.url, headers={"Idempotency-Key": "ours"}, credentials=FixedHeaders(theirs))
         )
@@ -151,6 +149,8 @@ class TestWhatAnAnswerAmountsTo:
             (Reply(204, b""), "null"),
             (Reply(205, b""), "null"),
             (Reply(raw=b"HTTP/1.0 200 OK\r\n\r\n[1]", close=True), "[1]"),
+            (Reply(raw=b"HTTP/1.1 200 F\xfcr Sie\r\nX: \xff\r\nContent-Length: 1\r\n\r\n2"), "2"),
+            (Reply(raw=b"HTTP/1.1 200\r\nContent-Length: 1\r\n\r\n3"), "3"),
         ],
     )
     async def test_a_json_answer_is_kept_as_it_is(self, transport, agent_server: Agent, reply: Reply, text: str):
@@ -244,7 +244,7 @@ class TestWhenThereIsNoAnswer:
 
     async def test_the_agent_is_too_slow(self, transport: WebhookTransport, agent_server: Agent):
         agent_server.answers(Reply(wait_for=asyncio.Event()))
-        outcome = await transport.exchange(request_to(agent_server.url, timeout_s=0.2))
+        outcome = await transport.exchange(request_to(agent_server.url, timeout_s=1))
         assert (outcome.error, outcome.may_have_run) == (ErrorCode.TIMEOUT, True)
         assert is_retried(outcome)
 
@@ -254,7 +254,7 @@ class TestWhenThereIsNoAnswer:
             return []
 
         async with open_transport(resolve=never) as transport:
-            outcome = await transport.exchange(request_to("http://agent.example/", timeout_s=0.2))
+            outcome = await transport.exchange(request_to("http://agent.example/", timeout_s=1))
         assert (outcome.error, outcome.may_have_run) == (ErrorCode.TIMEOUT, False)
 
     async def test_a_caller_who_is_cancelled_is_cancelled(self, transport: WebhookTransport, agent_server: Agent):

@@ -99,8 +99,10 @@ def test_floats_are_read_as_they_are_written(value: float) -> None:
 small_amounts = st.integers(0, 30).map(lambda tenths: Decimal(tenths) / 10)
 
 
-@given(small_amounts, small_amounts, st.none() | small_amounts, st.none() | small_amounts)
-def test_the_rule_of_admission(spent: Decimal, reserved: Decimal, per: Decimal | None, cap: Decimal | None) -> None:
+@given(small_amounts, small_amounts, st.none() | small_amounts, st.none() | st.sampled_from([-1, 0, 1]))
+def test_the_rule_of_admission(spent: Decimal, reserved: Decimal, per: Decimal | None, over: int | None) -> None:
+    """Around the cap: a billionth less than what is needed, exactly that, a billionth more."""
+    cap = None if over is None else max(Decimal(0), spent + reserved + (per or 0) + Decimal(over).scaleb(-9))
     admits = BudgetAccount(spent=spent, reserved=reserved).admits(BudgetConfig(per_invocation=per, monthly_cap=cap))
     if cap is None:
         assert admits
@@ -189,15 +191,14 @@ class Budgets(RuleBasedStateMachine):
     def settle_again(self, data: st.DataObject) -> None:
         booking = data.draw(st.sampled_from([booking for booking in self.bookings if not booking.open]))
         again = conclude(booking.invocation, costing("9"), currency=booking.currency)
-        assert self.run(self.ledger.settle(again)) != again or booking.spent == 9
+        assert self.run(self.ledger.settle(again)).cost != again.cost
 
     @rule()
     def the_instance_dies(self) -> None:
-        dead, self.ledger = self.ledger, self.new_ledger()
+        self.ledger = self.new_ledger()
         self.clock.advance(LEASE_S + 1)
         self.run(self.ledger.heartbeat())
         left = [booking for booking in self.bookings if booking.open and booking.instance is not self.ledger]
-        assert dead is not self.ledger
         assert self.run(self.ledger.recover()) == len(left)
         for booking in left:
             self.close(booking, booking.reserved)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -339,7 +338,8 @@ def test_policies_are_loaded_in_order_and_named(tmp_path: Path) -> None:
     )
     (tmp_path / ".draft.cedar").write_text("not yet")
     (tmp_path / "notes.txt").write_text("none")
-    loaded = CedarPolicies.load(tmp_path).loaded
+    *loaded, default = CedarPolicies.load(tmp_path).loaded
+    assert default.file == "default.cedar"
     assert [policy.id for policy in loaded[-3:]] == ["a.cedar:2", "a.cedar:3", "named"]
     assert loaded[-1].place == "b.cedar:1"
     assert {policy.file for policy in loaded[:-3]} == {"guardrails.cedar"}
@@ -362,14 +362,17 @@ def test_an_empty_folder_adds_nothing_and_is_told(tmp_path: Path, caplog: pytest
     assert "no *.cedar file" in caplog.text
 
 
-def test_a_permit_that_changes_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "team.cedar").write_text(
-        "\npermit (principal, action, resource);\nforbid (principal, action, resource);"
+async def test_a_folder_that_permits_says_who_is_permitted(tmp_path: Path) -> None:
+    point = pdp(
+        tmp_path,
+        """@id("ops")
+        permit (principal, action, resource)
+        when { principal.hasTag("team") && principal.getTag("team") == "ops" };""",
     )
-    CedarPolicies.load(tmp_path)
-    [warning] = caplog.records
-    assert warning.levelno == logging.WARNING
-    assert warning.getMessage().startswith("team.cedar:2: ")
+    assert await answer(point, ask(Action.INVOKE, agent_of())) == Decision(allowed=False)
+    permitted = Decision(allowed=True, policy_ids=("ops",))
+    assert await answer(point, ask(Action.INVOKE, agent_of(), somebody(team="ops"))) == permitted
+    assert not (await answer(point, ask(Action.INVOKE, agent_of("other"), somebody(team="ops")))).allowed
 
 
 def test_lists_are_judged_by_agent_where_a_folder_is_set(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from decimal import Decimal
 from typing import Any
 
@@ -188,6 +189,19 @@ class TestPlainValue:
         for _ in range(60):
             deep = {"C" * 100: deep}
         assert len(faults_of(deep)[0].path) < 700
+
+    def test_the_memory_for_faults_is_bounded(self) -> None:
+        """Of a hundred thousand faults with long paths a thousand are kept, not all of them until the end."""
+        many: Any = ["\0"] * 100_000
+        for _ in range(5):
+            many = {"A" * 100: many}
+        tracemalloc.start()
+        try:
+            faults_of(many)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 10 * MEGABYTE
 
 
 class TestDumps:

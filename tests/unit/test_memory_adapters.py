@@ -19,8 +19,9 @@ from external_agents.adapters.memory import (
     SystemIds,
 )
 from external_agents.domain.ids import created_at_of, first_id_at
+from external_agents.ports.ledger import LEASE_S
 from external_agents.ports.observability import DecisionRecord
-from external_agents.testing.builders import id_at, make_agent, make_finished_call, principal_of
+from external_agents.testing.builders import id_at, make_agent, make_finished_call, make_request, principal_of
 from external_agents.testing.fakes import FakeClock, SequentialIds
 
 
@@ -82,6 +83,17 @@ async def test_an_id_that_is_taken() -> None:
 async def test_settling_what_was_never_admitted() -> None:
     with pytest.raises(InvocationNotFound):
         await MemoryLedger(MemoryStore(), FakeClock()).settle(make_finished_call(make_agent()))
+
+
+async def test_an_instance_does_not_end_its_own_invocations() -> None:
+    """An embedding host that never sends a heartbeat is not dead for that."""
+    clock, store, agent = FakeClock(), MemoryStore(), make_agent()
+    await MemoryAgentWriter(store).create(agent)
+    ledger = MemoryLedger(store, clock)
+    running = (await ledger.admit(make_request(agent))).invocation
+    clock.advance(10 * LEASE_S)
+    assert await ledger.recover() == 0
+    assert store.invocations_of(agent.org_id)[running.id] == running
 
 
 async def test_a_withdrawn_token_is_refused() -> None:

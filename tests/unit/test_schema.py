@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import fastjsonschema
@@ -11,6 +12,14 @@ import pytest
 from external_agents.domain.catalog import BUILT_IN
 from external_agents.domain.errors import FAULTS_MAX, Fault
 from external_agents.domain.schema import Schema
+
+
+@pytest.fixture
+def sockets_that_give_up() -> Iterator[None]:
+    """So that a connection that must not be, to a server that never answers, fails the test and does not hang it."""
+    socket.setdefaulttimeout(2)
+    yield
+    socket.setdefaulttimeout(None)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +37,9 @@ from external_agents.domain.schema import Schema
         "unheard-of:x",
     ],
 )
-def test_a_reference_out_of_the_schema_is_refused_and_reaches_no_server(reference: str) -> None:
+def test_a_reference_out_of_the_schema_is_refused_and_reaches_no_server(
+    reference: str, sockets_that_give_up: None
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         where = reference.format(server=f"127.0.0.1:{server.getsockname()[1]}")

@@ -49,15 +49,27 @@ def event_of(record: Record) -> dict[str, Any]:
     return dict(event)
 
 
+def test_a_host_without_structlog_gets_its_records_by_logging(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert not structlog.is_configured()
+    StructlogObservability()(decision(allowed=False))
+    [line] = caplog.records
+    assert (line.name, line.getMessage(), line.levelname) == ("external_agents.observability", "decision", "INFO")
+    assert vars(line)["org_id"] == "acme"
+
+
 @pytest.mark.parametrize(
     ("fields", "level"),
     [
         ({"allowed": True}, "debug"),
+        ({"allowed": False, "filters": True}, "debug"),
         ({"allowed": False}, "info"),
         ({"allowed": False, "errors": ("overflow",)}, "warning"),
     ],
 )
 def test_a_decision_is_one_event(fields: dict[str, Any], level: str) -> None:
+    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    shown.pop("filters", None)
     assert event_of(decision(policy_ids=("guardrail-invoke",), **fields)) == {
         "event": "decision",
         "log_level": level,
@@ -66,7 +78,7 @@ def test_a_decision_is_one_event(fields: dict[str, Any], level: str) -> None:
         "agent_id": str(AGENT.id),
         "policy_ids": ["guardrail-invoke"],
         "errors": [],
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()},
+        **shown,
     }
 
 

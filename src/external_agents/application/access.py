@@ -45,7 +45,8 @@ class AccessControl:
         Raises:
             PermissionDenied: The policies do not allow it, or could not be asked.
         """
-        [decision] = await self._decide([AccessRequest(principal, action, agent, self._clock.now())])
+        request = AccessRequest(principal, action, agent, self._clock.now())
+        [decision] = await self._decide([request], filters=False)
         if not decision.allowed:
             raise PermissionDenied(f"{principal.subject} is not permitted to {action} this.")
 
@@ -54,10 +55,11 @@ class AccessControl:
     ) -> list[ExternalAgent]:
         """Those of `agents` that the principal may do `action` on."""
         now = self._clock.now()
-        decisions = await self._decide([AccessRequest(principal, action, agent, now) for agent in agents])
+        requests = [AccessRequest(principal, action, agent, now) for agent in agents]
+        decisions = await self._decide(requests, filters=True)
         return [agent for agent, decision in zip(agents, decisions, strict=True) if decision.allowed]
 
-    async def _decide(self, requests: Sequence[AccessRequest]) -> Sequence[Decision]:
+    async def _decide(self, requests: Sequence[AccessRequest], *, filters: bool) -> Sequence[Decision]:
         decisions = await self._policy.decide(requests)
         for request, decision in zip(requests, decisions, strict=True):
             self._witness(
@@ -69,6 +71,7 @@ class AccessControl:
                     allowed=decision.allowed,
                     policy_ids=decision.policy_ids,
                     errors=decision.errors,
+                    filters=filters,
                 )
             )
         return decisions

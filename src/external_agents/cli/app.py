@@ -9,14 +9,14 @@ import typer
 
 from external_agents.cli import agents, check, invocations, keys, migrate, serve
 from external_agents.cli.output import complain
-from external_agents.domain.errors import ExternalAgentsError, ValidationError
+from external_agents.domain.errors import ExternalAgentsError, Unavailable, ValidationError
 
 WRONG_USAGE = 2
 INTERRUPTED = 130
 
 _log = logging.getLogger(__name__)
 
-# typer carries a click of its own since 0.26, stood on the package click before that, and exports this class in neither.
+# typer carries a click of its own since 0.26 and stood on the package click before; it exports this class in neither.
 _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -52,6 +52,9 @@ def run(arguments: list[str] | None = None) -> int:
         for fault in invalid.errors:
             complain(str(fault))
         return 1
+    except Unavailable as outage:
+        complain(f"{outage} {_cause_of(outage)} `external-agents check` tells what is missing.")
+        return 1
     except ExternalAgentsError as error:
         complain(str(error))
         return 1
@@ -68,3 +71,9 @@ def _complain_of_usage(error: Any) -> None:
     if message := error.format_message():  # Without one, the help has been shown.
         command = error.ctx.command_path if error.ctx else app.info.name
         complain(f"{message.rstrip('.')}. See {command} --help")
+
+
+def _cause_of(outage: Unavailable) -> str:
+    """What the driver said; it names hosts and ports, which the operator may see, and no password."""
+    driver_error = getattr(outage.__cause__, "orig", outage.__cause__)
+    return f"({driver_error})" if driver_error else ""

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 import typer
 
 from external_agents.adapters.abac import CedarPolicies
+from external_agents.adapters.postgres.engine import create_engine
 from external_agents.bootstrap import (
-    bare_database,
+    database,
+    database_readiness,
     discover_catalog,
     home_folder,
     load_key_ring,
-    open_installation,
 )
 from external_agents.domain.errors import ExternalAgentsError
-from external_agents.settings import PREFIX, Settings
+from external_agents.settings import PREFIX, Settings, variable_of
 
 
 def check() -> None:
@@ -52,17 +53,21 @@ def _findings() -> Iterator[tuple[str, bool, str]]:
 
 
 def _database_findings(settings: Settings) -> Iterator[tuple[str, bool, str]]:
-    with bare_database(settings) as url:
-        state = asyncio.run(_readiness(settings, url))
+    with database(settings) as url:
+        state = asyncio.run(_readiness(url))
         where = "external" if settings.database_url else f"embedded, under {home_folder(settings)}"
+        if outage := state["database"]:
+            state["database"] = f"{outage}: start it, or mend {variable_of('database_url')}"
         for name, reason in state.items():
-            if name != "keys":
-                yield name, reason is None, reason or (where if name == "database" else "up to date")
+            yield name, reason is None, reason or (where if name == "database" else "up to date")
 
 
-async def _readiness(settings: Settings, url: str) -> dict[str, str | None]:
-    async with open_installation(settings, url) as installation:
-        return dict(await installation.readiness())
+async def _readiness(url: str) -> dict[str, str | None]:
+    engine = create_engine(url)
+    try:
+        return await database_readiness(engine)
+    finally:
+        await engine.dispose()
 
 
 def _finding(name: str, look: Callable[[], str]) -> tuple[str, bool, str]:

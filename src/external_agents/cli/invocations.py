@@ -17,8 +17,9 @@ from external_agents.cli.context import (
     with_installation,
 )
 from external_agents.cli.output import complain, note, show_fields, show_json, show_table
-from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
+from external_agents.domain.invocation import ErrorCode, ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText
+from external_agents.settings import variable_of
 
 app = typer.Typer(help="The record of invocations: list, show.", no_args_is_help=True)
 
@@ -46,7 +47,11 @@ def invoke(
     elif invocation.response is not None:
         print(invocation.response.text)
     if invocation.status is not InvocationStatus.SUCCEEDED:
-        complain(f"the invocation {invocation.status} ({invocation.error_code}): {invocation.error_message}")
+        refused = invocation.error_code is ErrorCode.EGRESS_REFUSED
+        mend = f" {variable_of('egress_allow')} of this very command counts." if refused else ""
+        complain(
+            f"the invocation ended as {invocation.status} ({invocation.error_code}): {invocation.error_message}{mend}"
+        )
         raise typer.Exit(1)
 
 

@@ -8,8 +8,8 @@ _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,200}")
 _VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?")
 
 _OURS = frozenset(
-    "host connection keep-alive transfer-encoding te trailer upgrade expect accept-encoding cookie forwarded"
-    " idempotency-key traceparent tracestate".split()
+    "host connection transfer-encoding te trailer upgrade expect accept-encoding cookie forwarded"
+    " idempotency-key traceparent".split()
 )
 _OUR_PREFIXES = ("content-", "x-forwarded-", "proxy-", "webhook-")
 

@@ -15,7 +15,13 @@ from external_agents.domain.invocation import ExternalAgentInvocation
 
 @attrs.frozen(kw_only=True)
 class DecisionRecord:
-    """An access decision: who, what, on which agent, by which policies, allowed or denied."""
+    """
+    An access decision: who, what, on which agent, by which policies, allowed or denied.
+
+    Attributes:
+        agent_id: None: on the organisation.
+        filters: It left an agent out of a list, or in it; nothing was refused to anybody.
+    """
 
     at: datetime
     principal: Principal
@@ -24,6 +30,7 @@ class DecisionRecord:
     allowed: bool
     policy_ids: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
+    filters: bool = False
 
 
 @attrs.frozen(kw_only=True)

@@ -46,6 +46,9 @@ class CedarPolicies:
     """
     The packaged guardrails and, after them, the policies of a folder; parsed and validated, immutable.
 
+    Where none of the folder's policies permits anything, holders of a permission are permitted by default. As soon as
+    one does, the folder says who is permitted: otherwise its permits would mean nothing.
+
     Attributes:
         loaded: Every policy in force, guardrails first, then by file name and line.
         has_folder: Whether a folder was given, even an empty one.
@@ -73,19 +76,13 @@ class CedarPolicies:
         schema = Schema.from_str(_packaged("schema.cedarschema"))
         reading = _Reading(schema)
         reading.take("guardrails.cedar", _packaged("guardrails.cedar"))
-        guardrails_count = len(reading.policies)
         if policy_dir is not None:
             for path in _cedar_files(policy_dir):
                 reading.take(path.name, _text_of(path))
         if reading.faults:
             raise ConfigurationError("; ".join(reading.faults))
-        for policy in reading.policies[guardrails_count:]:
-            if policy.effect == "permit":
-                _log.warning(
-                    "%s: this permit changes nothing, for holders of a permission are permitted already; "
-                    "to narrow that, write `forbid … unless`",
-                    policy.place,
-                )
+        if all(policy.effect == "forbid" for policy in reading.policies):
+            reading.take("default.cedar", _packaged("default.cedar"))
         return cls(reading.policies, schema, has_folder=policy_dir is not None)
 
     def names_of(self, cedar_ids: Sequence[str]) -> tuple[str, ...]:

@@ -120,9 +120,7 @@ class PostgresAgents(AgentReader, AgentWriter):
         if rows:
             await connection.execute(insert(secrets), rows)
 
-    async def _page(
-        self, conditions: Iterator[_Condition], offset: int, limit: int
-    ) -> Sequence[ExternalAgent]:
+    async def _page(self, conditions: Iterator[_Condition], offset: int, limit: int) -> Sequence[ExternalAgent]:
         newest_first = _WHOLE_AGENTS.where(*conditions).order_by(agents.c.id.desc())
         return await self._select(newest_first.offset(offset).limit(limit))
 

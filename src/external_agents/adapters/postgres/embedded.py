@@ -137,10 +137,7 @@ def _server(home: Path, lock: FileLock, account: Account | None) -> Iterator[Emb
 
 
 def _owner_lock(home: Path, account: Account | None) -> FileLock:
-    try:
-        return FileLock(make_server_folder(home, account) / OWNER_LOCK)
-    except OSError as error:
-        raise unusable(error) from error
+    return FileLock(make_server_folder(home, account) / OWNER_LOCK)
 
 
 def _take(lock: FileLock, home: Path) -> bool:

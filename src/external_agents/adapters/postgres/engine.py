@@ -31,6 +31,9 @@ SERVER_SETTINGS = {
     "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
     # A transaction whose client is stuck would keep an agent's row locked for everybody.
     "idle_in_transaction_session_timeout": f"{STATEMENT_TIMEOUT_S}s",
+    # Every statement has its index. A plan that was made and kept while a table, or next month's partition, was empty
+    # would read it as a whole, ever slower, until statistics are gathered.
+    "enable_seqscan": "off",
 }
 
 

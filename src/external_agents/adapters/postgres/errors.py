@@ -25,6 +25,9 @@ _OUTAGES = {
     "58": "the server's own system failed",
     "25006": "the server takes no writes: a standby",
 }
+_SCHEMA_LACKS = frozenset({"3F000", "42703", "42P01", "42883"})
+"""A schema, column, table or function that our statements name."""
+
 _CONSTRAINTS: dict[str, type[AgentNotFound | StaleVersion]] = {
     "fk_external_agent_invocations_external_agents": AgentNotFound,
     # To create is to store version 1 where there is no other.
@@ -38,7 +41,7 @@ def translate_errors() -> Iterator[None]:
     Decides by SQLSTATE, and by the constraint's name where there is one, never by the text of a message.
 
     Raises:
-        Unavailable: The connection was lost or not to be had, or the server cannot serve now.
+        Unavailable: The connection was lost or not to be had, the server cannot serve now, or the schema is behind.
     """
     try:
         yield
@@ -66,5 +69,7 @@ def _translated(error: BaseException | None) -> ExternalAgentsError | None:
         return Unavailable(WHAT) if lost else None
     if state in _OUTAGES or state[:2] in _OUTAGES:
         return Unavailable(WHAT)
+    if state in _SCHEMA_LACKS:
+        return Unavailable("The database's schema, which is behind (run external-agents migrate),")
     known = _CONSTRAINTS.get(error.diag.constraint_name or "")
     return known() if known else None

@@ -122,6 +122,7 @@ class _CommonHeaders:
         self, req: Request, resp: Response, resource: Resource | None, req_succeeded: bool
     ) -> None:
         incoming = incoming_of(req)
+        await incoming.body.skip_arrived()
         resp.set_header("X-Request-Id", incoming.request_id)
         resp.set_header("X-Content-Type-Options", "nosniff")
         if not resp.get_header("Cache-Control"):

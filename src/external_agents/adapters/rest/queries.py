@@ -73,8 +73,6 @@ class Query:
                 faults.append(Fault(name, "is not a known parameter"))
             elif times[name] > 1:
                 faults.append(Fault(name, "is given more than once"))
-            elif not _is_utf8(value):
-                faults.append(Fault(name, "is not UTF-8"))
             else:
                 values[name] = value
         return cls(values, tuple(faults))
@@ -95,7 +93,3 @@ class Query:
         except ValidationError as invalid:
             raise ValidationError([*self.faults, *invalid.errors]) from None
         raise ValidationError(self.faults)
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import structlog
@@ -19,7 +20,7 @@ class StructlogObservability(ObservabilityManager):
 
     | record | event | level |
     |---|---|---|
-    | decision: allowed / denied / failed | `decision` | debug / info / warning |
+    | decision: allowed, or of a list / denied / failed | `decision` | debug / info / warning |
     | invocation: succeeded / ended otherwise | `invocation` | info / warning |
     | invocation that was not admitted | `invocation_refused` | info |
 
@@ -28,7 +29,7 @@ class StructlogObservability(ObservabilityManager):
     """
 
     def __init__(self) -> None:
-        self._log = structlog.stdlib.get_logger(LOGGER_NAME)
+        self._log = structlog.stdlib.get_logger(LOGGER_NAME) if structlog.is_configured() else _hosts_logger()
 
     def __call__(self, record: Record) -> None:
         if isinstance(record, DecisionRecord):
@@ -39,7 +40,8 @@ class StructlogObservability(ObservabilityManager):
             self._log.info("invocation_refused", refusal=record.refusal, **_call(record))
 
     def _decision(self, record: DecisionRecord) -> None:
-        write = self._log.warning if record.errors else self._log.debug if record.allowed else self._log.info
+        unremarkable = record.allowed or record.filters
+        write = self._log.warning if record.errors else self._log.debug if unremarkable else self._log.info
         write(
             "decision",
             **_who(record.principal),
@@ -65,6 +67,16 @@ class StructlogObservability(ObservabilityManager):
             currency=invocation.cost.currency if invocation.cost else None,
             cost_overrun=invocation.cost_overrun,
         )
+
+
+def _hosts_logger() -> structlog.stdlib.BoundLogger:
+    """For a host that has not set up structlog, which would print to stdout: its own `logging`, fields as `extra`."""
+    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(LOGGER_NAME),
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    return logger
 
 
 def _who(principal: Principal) -> dict[str, Any]:

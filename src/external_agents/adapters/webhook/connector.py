@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from external_agents.adapters.webhook.egress import EgressGuard, journey
+from external_agents.adapters.webhook.egress import EgressGuard
+from external_agents.adapters.webhook.journey import Journey, journey
 
 if TYPE_CHECKING:
     from aiohttp.client import ClientTimeout
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.client_reqrep import ClientRequest
     from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
@@ -20,6 +22,8 @@ CONNECTIONS_MAX = 4096
 IDLE_MAX_S = 30.0
 LIFETIME_MAX_S = 60.0
 """So that a name that has moved is noticed, however busy the connection is."""
+
+READ_BYTES = 16 * 1024
 
 
 class GuardedConnector(aiohttp.TCPConnector):
@@ -48,56 +52,77 @@ class GuardedConnector(aiohttp.TCPConnector):
         req.url = current.url
         while True:
             connection = await super().connect(req, traces, timeout)
-            if _fit(connection):
+            if _passed(connection, current):
                 current.reached = True
                 return connection
             connection.close()
 
 
-class _Rest(asyncio.Protocol):
+class _Gate(asyncio.BufferedProtocol):
     """
-    The protocol of a connection while it is idle.
+    What stands between a connection and aiohttp's protocol for it, and lets in what is allowed.
 
-    Nothing may come in then: what did would be taken for the answer to the next request, or, in a flood, fill the
-    memory of a parser that nobody reads from. So the first byte ends the connection.
+    While the connection is idle, that is nothing: what came then would be taken for the answer to the next request. In
+    an exchange it is a bounded number of bytes, before the head of the answer is complete and in all: an agent could
+    send interim answers or chunk extensions for ever, and aiohttp would work through them. Reads are small, so that one
+    flood does not keep the others waiting.
     """
 
-    def __init__(self, transport: asyncio.Transport, protocol: asyncio.Protocol) -> None:
+    def __init__(self, transport: asyncio.Transport, protocol: ResponseHandler) -> None:
         self._transport = transport
         self._protocol = protocol
         self._born_s = asyncio.get_running_loop().time()
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._journey: Journey | None = None
 
     @property
     def too_old(self) -> bool:
         return asyncio.get_running_loop().time() - self._born_s > LIFETIME_MAX_S
 
-    def begin(self) -> None:
-        if self._transport.get_write_buffer_size():
-            # An answer came before the request was sent. Closing would wait for a reader that may never read.
+    def open(self, current: Journey) -> None:
+        self._journey = current
+
+    def close(self) -> None:
+        self._journey = None
+        if self._protocol.should_close or self._transport.get_write_buffer_size():
+            # Closing in good order would wait until the other side has read the rest of the request.
             self._transport.abort()
-        self._transport.set_protocol(self)
 
-    def end(self) -> None:
-        self._transport.set_protocol(self._protocol)
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
 
-    def data_received(self, data: bytes) -> None:
-        self._transport.abort()
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._transport.is_closing():
+            return
+        if self._journey is not None and self._journey.takes(nbytes):
+            self._protocol.data_received(bytes(self._buffer[:nbytes]))
+        else:
+            self._transport.abort()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._protocol.connection_lost(error)
+    def eof_received(self) -> None:
+        self._protocol.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
 
 
-def _fit(connection: Connection) -> bool:
-    """Make a connection of the pool, or a new one, ready for a request; False when it has to be replaced."""
+def _passed(connection: Connection, current: Journey) -> bool:
+    """Open the gate of a connection, from the pool or new; False when the connection has to be replaced."""
     transport, protocol = connection.transport, connection.protocol
     if transport is None or protocol is None:
         return True  # Lost as soon as it was made; sending will tell.
-    rest = transport.get_protocol()
-    if not isinstance(rest, _Rest):
-        rest = _Rest(transport, protocol)
-    elif rest.too_old:
+    gate = transport.get_protocol()
+    if not isinstance(gate, _Gate):
+        gate = _Gate(transport, protocol)
+        transport.set_protocol(gate)
+    elif gate.too_old:
         return False
-    else:
-        rest.end()
-    connection.add_callback(rest.begin)
+    gate.open(current)
+    connection.add_callback(gate.close)
     return True

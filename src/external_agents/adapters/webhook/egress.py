@@ -7,7 +7,6 @@ address that is judged once more. The second place sees address literals, which 
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import socket
 from collections.abc import Sequence
@@ -15,10 +14,9 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-import attrs
 from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL
 
+from external_agents.adapters.webhook.journey import journey
 from external_agents.adapters.webhook.resolver import Resolve
 from external_agents.domain.egress import Address, Destination, EgressPolicy, is_public
 
@@ -33,32 +31,6 @@ class EgressRefused(OSError):
 
     def __init__(self) -> None:
         super().__init__("refused by the egress rules")
-
-
-@attrs.define
-class Journey:
-    """
-    How far one request has come.
-
-    Attributes:
-        url: Exactly what is asked for.
-        refused: The guard has stopped it.
-        reached: It has a connection, so that the other side may have seen any part of it.
-    """
-
-    url: URL
-    refused: bool = False
-    reached: bool = False
-
-    @property
-    def destination(self) -> Destination:
-        assert self.url.raw_host is not None
-        assert self.url.port is not None
-        return Destination(self.url.scheme, self.url.raw_host, self.url.port)
-
-
-journey: contextvars.ContextVar[Journey] = contextvars.ContextVar("external_agents.webhook.journey")
-"""Of the request that the current task sends; no connection is opened without one."""
 
 
 class EgressGuard(AbstractResolver):

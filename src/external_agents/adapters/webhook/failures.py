@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import aiohttp
 from aiohttp.http_exceptions import LineTooLong
 
-from external_agents.adapters.webhook.egress import Journey
+from external_agents.adapters.webhook.journey import Journey
 from external_agents.domain.invocation import ErrorCode, Outcome
 
 
@@ -52,8 +52,8 @@ def broken(to: str, journey: Journey, error: BaseException) -> Unanswered:
         return refused(to)
     causes = list(_causes(error))
     if journey.reached:
-        if any(isinstance(cause, LineTooLong) for cause in causes):
-            return _unanswered(ErrorCode.RESPONSE_TOO_LARGE, f"{to}'s answer has too large a header.", ran=True)
+        if journey.flooded or any(isinstance(cause, LineTooLong) for cause in causes):
+            return _unanswered(ErrorCode.RESPONSE_TOO_LARGE, f"{to}'s answer has too much around its body.", ran=True)
         return _unanswered(ErrorCode.CONNECTION_FAILED, f"{to} gave no complete answer.", ran=True)
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         what = "shows a certificate that is not trusted"

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import aiohttp
 import attrs
@@ -19,9 +20,13 @@ from yarl import URL
 from external_agents.adapters.webhook import failures
 from external_agents.adapters.webhook.answer import Answer, TooLarge, fields_of, is_encoded, read_body
 from external_agents.adapters.webhook.connector import GuardedConnector
-from external_agents.adapters.webhook.egress import EgressGuard, Journey, journey, log_refusal
+from external_agents.adapters.webhook.egress import EgressGuard, log_refusal
+from external_agents.adapters.webhook.journey import Journey, journey
 from external_agents.adapters.webhook.resolver import Resolve, SystemResolver
 from external_agents.domain.egress import EgressPolicy
+
+if TYPE_CHECKING:
+    from aiohttp.connector import Connection
 
 URLS_REMEMBERED = 4096
 READ_BUFFER_BYTES = 64 * 1024
@@ -79,11 +84,11 @@ class Outbound:
         if target.fault:
             log_refusal(post.url, target.fault)
             raise failures.refused(post.to)
-        current = Journey(target.exact_url)
+        current = Journey(target.exact_url, post.answer_limit_bytes)
         token = journey.set(current)
         try:
             async with asyncio.timeout_at(post.deadline_s):
-                return await self._exchange(post, target.url)
+                return await self._exchange(post, target.url, current)
         except TimeoutError:
             raise failures.late(post.to, current) from None
         except _NETWORK_ERRORS as error:
@@ -96,13 +101,13 @@ class Outbound:
             await self._transport.aclose()
         await self._system_resolver.aclose()
 
-    async def _exchange(self, post: Post, url: httpx.URL) -> Answer:
+    async def _exchange(self, post: Post, url: httpx.URL, current: Journey) -> Answer:
         # The transport is called without an AsyncClient around it: redirects, cookies, proxies, netrc and decoding are
         # what a client adds, none of it is wanted here, and it costs a quarter of the rate.
-        headers = {**_DEFAULT_HEADERS, **post.headers, **_FIXED_HEADERS}
+        headers = {**_DEFAULT_HEADERS, **post.headers, **_FIXED_HEADERS, "content-length": str(len(post.body))}
         request = httpx.Request("POST", url, headers=headers, stream=httpx.ByteStream(post.body))
-        request.read()
         response = await self._opened().handle_async_request(request)
+        current.answered = True
         assert isinstance(response.stream, httpx.AsyncByteStream)
         try:
             if response.status_code <= 199:
@@ -134,6 +139,15 @@ class Outbound:
             return _Target(httpx.URL(), URL(), "is not a valid URL")
 
 
+class _Response(aiohttp.ClientResponse):
+    """Without its reason phrase: it means nothing (RFC 9112, section 4), and httpx-aiohttp trips over some of them."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        await super().start(connection)
+        self.reason = None
+        return self
+
+
 def _session(guard: EgressGuard, context: ssl.SSLContext) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=GuardedConnector(guard, context),
@@ -141,6 +155,7 @@ def _session(guard: EgressGuard, context: ssl.SSLContext) -> aiohttp.ClientSessi
         trust_env=False,
         auto_decompress=False,
         read_bufsize=READ_BUFFER_BYTES,
+        response_class=_Response,
     )
 
 
