@@ -120,7 +120,7 @@ class Terminal:
             process = subprocess.Popen(
                 ["/bin/bash", "-c", f"exec {command}"],
                 cwd=self.folder,
-                env=environment(self.home, path=self.path),
+                env=environment(self.folder, path=self.path),  # nothing of it belongs to the service's HOME
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -205,7 +205,8 @@ def test_the_readme_as_a_library(home: Path) -> None:
     indented = "".join(f"    {line}" for line in snippet.splitlines(keepends=True))
     with agent_in_thread(Reply(body=b'{"answer": "hello to you"}')) as agent:
         assert "https://agent.example.com/" in indented
-        script = "import asyncio\n\nasync def main():\n" + indented.replace("https://agent.example.com/", agent.url)
+        real = indented.replace("https://agent.example.com/", agent.url).replace('"…"', '"s3cret"')
+        script = f"import asyncio\n\nasync def main():\n{real}"
         done = subprocess.run(
             [sys.executable, "-c", f"{script}\nasyncio.run(main())\n"],
             env=environment(home, {"EGRESS_ALLOW": "loopback"}),
@@ -216,6 +217,7 @@ def test_the_readme_as_a_library(home: Path) -> None:
         assert done.returncode == 0, done.stderr
         [seen] = agent.requests
         assert seen.json == {"input": "hello"}
+        assert seen.headers["authorization"] == "Bearer s3cret"
     assert "succeeded" in done.stdout
     assert "hello to you" in done.stdout
 

@@ -61,7 +61,13 @@ async def test_outages_are_unavailability(postgres_engine: AsyncEngine, state: s
     assert isinstance(outage.value.__cause__, DBAPIError)
 
 
-@pytest.mark.parametrize("state", ["22012", "23505", "42703", "XX000", "P0001"])
+@pytest.mark.parametrize("state", ["42P01", "42703", "42883", "3F000"])
+async def test_a_schema_that_is_behind_is_told(postgres_engine: AsyncEngine, state: str) -> None:
+    with pytest.raises(Unavailable, match="external-agents migrate"):
+        await raise_state(postgres_engine, state)
+
+
+@pytest.mark.parametrize("state", ["22012", "23505", "42601", "XX000", "P0001"])
 async def test_faults_of_ours_stay_what_they_are(postgres_engine: AsyncEngine, state: str) -> None:
     with pytest.raises(DBAPIError):
         await raise_state(postgres_engine, state)
