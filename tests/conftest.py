@@ -1,19 +1,26 @@
-"""What tests of every kind may ask for: a database of one's own on a real PostgreSQL, and a real HTTP agent."""
+"""
+What tests of every kind may ask for: a database of one's own on a real PostgreSQL, and a real HTTP agent.
+
+Adapters are imported by the fixtures that need them: the tests of the core run with nothing but the core installed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from agents import Agent, serve_agent
-from external_agents.adapters.postgres.schema import migrate
-from postgres_server import PostgresServer, running_postgres
+if TYPE_CHECKING:
+    from agents import Agent
+    from postgres_server import PostgresServer
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """One server a test process; with xdist, each worker has its own."""
+    from postgres_server import running_postgres
+
     with running_postgres() as server:
         yield server
 
@@ -21,6 +28,8 @@ def postgres_server() -> Iterator[PostgresServer]:
 @pytest.fixture(scope="session")
 def postgres_url_template(postgres_server: PostgresServer) -> Iterator[str]:
     """The name of a database with the newest schema. Nobody connects to it: it is copied."""
+    from external_agents.adapters.postgres.schema import migrate
+
     with postgres_server.database() as name:
         migrate(postgres_server.url(name))
         yield name
@@ -36,5 +45,7 @@ def postgres_url(postgres_server: PostgresServer, postgres_url_template: str) ->
 @pytest.fixture
 async def agent_server() -> AsyncIterator[Agent]:
     """An agent on the loopback address that answers 200 with JSON until it is told otherwise; see `agents.py`."""
+    from agents import serve_agent
+
     async with serve_agent() as agent:
         yield agent

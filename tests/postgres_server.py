@@ -20,9 +20,9 @@ import psycopg
 from psycopg import sql
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from external_agents.adapters.postgres.child_process import ChildProcess, Launch
-from external_agents.adapters.postgres.embedded_account import account_for
-from external_agents.adapters.postgres.embedded_server import binaries
+from external_agents.adapters.postgres.embedded.account import account_for
+from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
+from external_agents.adapters.postgres.embedded.server import binaries
 
 OpenEngine: TypeAlias = Callable[..., AsyncEngine]
 """The fixture `open_engine`: `create_engine`, and what was opened is closed after the test."""

@@ -32,8 +32,8 @@ import psycopg
 from psycopg.rows import dict_row
 
 from agents import Agent, Answer, serve_agent
-from external_agents.adapters.postgres.child_process import Launch
 from external_agents.adapters.postgres.embedded import running_url
+from external_agents.adapters.postgres.embedded.child_process import Launch
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "external-agents"
 API = "/api/external-agents"
@@ -56,8 +56,15 @@ def home_folder() -> Iterator[Path]:
 
 
 def environment(home: Path, env: Mapping[str, str] | None = None, path: str | None = None) -> dict[str, str]:
-    """The test's own, without what would change the service; with `env` (names without their prefix) and PATH."""
-    kept = {name: text for name, text in os.environ.items() if not name.startswith(("EXTERNAL_AGENTS_", "COLUMNS"))}
+    """
+    The test's own, without what would change the service.
+
+    Args:
+        env: Settings, without the beginning that they all have.
+        path: PATH of an environment that is not the test's.
+    """
+    strange = ("EXTERNAL_AGENTS_", "COLUMNS", *(("PYTHON", "VIRTUAL_ENV") if path else ()))
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(strange)}
     given = {"HOME": str(home), **(env or {})}
     given = {f"EXTERNAL_AGENTS_{name}": text for name, text in given.items()}
     return {**kept, **given, **({"PATH": path} if path else {})}

@@ -24,7 +24,7 @@ from external_agents.adapters.memory.system import SystemClock, SystemIds
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
-from external_agents.adapters.postgres.embedded_home import unusable
+from external_agents.adapters.postgres.embedded.home import unusable
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger

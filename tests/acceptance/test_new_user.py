@@ -62,6 +62,10 @@ def user_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     python = str(folder / "venv" / "bin" / "python")
     install = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", f"{wheel}[serve]"]
     subprocess.run(install, check=True)
+    where = subprocess.run(
+        [python, "-Ic", "import external_agents as a; print(a.__file__)"], capture_output=True, text=True
+    )
+    assert where.stdout.startswith(str(folder)), "the wheel, and nothing of this checkout"
     assert shutil.which("curl"), "the documents use curl, and this machine has none"
     return os.pathsep.join([str(folder / "venv" / "bin"), os.environ["PATH"]])
 

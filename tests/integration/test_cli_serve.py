@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from external_agents.adapters.postgres.child_process import Launch
+from external_agents.adapters.postgres.embedded.child_process import Launch
 from external_agents.adapters.postgres.schema import pending
 from postgres_server import PostgresServer
 from serve import (

@@ -19,7 +19,6 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from external_agents.adapters.postgres.child_process import LAUNCH_SCRIPT, ChildProcess, Launch
 from external_agents.adapters.postgres.embedded import (
     EmbeddedPostgres,
     EmbeddedPostgresError,
@@ -30,14 +29,15 @@ from external_agents.adapters.postgres.embedded import (
     shared,
     user_namespaces_available,
 )
-from external_agents.adapters.postgres.embedded_account import (
+from external_agents.adapters.postgres.embedded.account import (
     SYSTEM_HOME,
     account_for,
     namespaced_account,
     nobody_account,
 )
-from external_agents.adapters.postgres.embedded_log import MAX_BYTES, ServerLog
-from external_agents.adapters.postgres.embedded_programs import binaries
+from external_agents.adapters.postgres.embedded.child_process import LAUNCH_SCRIPT, ChildProcess, Launch
+from external_agents.adapters.postgres.embedded.log import MAX_BYTES, ServerLog
+from external_agents.adapters.postgres.embedded.programs import binaries
 
 GONE_WITHIN_S = 30.0
 LONGEST_S = 120.0
@@ -47,10 +47,11 @@ OWNER = """
 import json, os, sys
 from contextlib import ExitStack
 from pathlib import Path
-from external_agents.adapters.postgres import embedded, embedded_account
+from external_agents.adapters.postgres import embedded
+from external_agents.adapters.postgres.embedded import account as accounts
 
 role, home, account = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-account = getattr(embedded_account, account)() if account else None
+account = getattr(accounts, account)() if account else None
 try:
     with ExitStack() as stack:
         if role == "serve":
@@ -533,6 +534,6 @@ def as_an_ordinary_user() -> list[str]:
         return []
     launch = [sys.executable, "-I", "-S", str(LAUNCH_SCRIPT), str(os.getpid()), str(int(signal.SIGKILL))]
     as_nobody = [*launch, nobody_account().launch_form, "--"]
-    reach = "import os; from external_agents.adapters.postgres.embedded_programs import binaries; os.stat(binaries())"
+    reach = "import os; from external_agents.adapters.postgres.embedded.programs import binaries; os.stat(binaries())"
     tried = subprocess.run([*as_nobody, sys.executable, "-c", reach], stderr=subprocess.DEVNULL)
     return as_nobody if tried.returncode == 0 else [*launch, namespaced_account().launch_form, "--"]

@@ -230,20 +230,24 @@ class TestA401:
 
     @pytest.mark.parametrize("same_text", [False, True])
     async def test_a_hundred_at_once_cause_one_replacement(self, transport, agent_server: Agent, same_text: bool):
-        """Even when the provider gives the same token again, which is then known to be rejected, too."""
-        all_sent = asyncio.Event()
+        """Whether a 401 comes before or after the replacement; even when the provider gives the same text again."""
+        early, late = asyncio.Event(), asyncio.Event()
         issued = iter(range(1, 9))
         token_url = agent_server.at("/token", lambda seen: _token("same" if same_text else f"token-{next(issued)}"))
 
         def answer(seen: Seen) -> Reply:
-            first_round = len(agent_server.requests_at("/hook")) <= 100
-            return Reply(401, wait_for=all_sent) if first_round else Reply(401 if same_text else 200)
+            number = len(agent_server.requests_at("/hook"))
+            if number <= 100:
+                return Reply(401, wait_for=early if number <= 50 else late)
+            return Reply(401 if same_text else 200)
 
         agent_server.answers(answer)
         request = request_to(agent_server.url, credentials=client_of(token_url))
         exchanges = [asyncio.create_task(transport.exchange(request)) for _ in range(100)]
         await agent_server.until(lambda: len(agent_server.requests_at("/hook")) == 100)
-        all_sent.set()
+        early.set()
+        await agent_server.until(lambda: len(agent_server.requests_at("/hook")) == 150)
+        late.set()
         expected = ErrorCode.AGENT_AUTH_FAILED if same_text else None
         assert {outcome.error for outcome in await asyncio.gather(*exchanges)} == {expected}
         assert len(agent_server.requests_at("/token")) == 2

@@ -29,6 +29,7 @@ _MOVES = {
 
 TIMEOUT_MAX_S = 30
 ATTEMPTS_MAX = 3
+TAGS_MAX = 50
 
 DEFAULTS: Mapping[str, JsonValue] = {
     "description": "",
@@ -59,7 +60,7 @@ AGENT_PROPERTIES: Mapping[str, JsonValue] = {
     "budget_config": {**BUDGET_CONFIG_SCHEMA, "type": ["object", "null"], "default": None},
     "tags": {
         "type": "array",
-        "maxItems": 50,
+        "maxItems": TAGS_MAX,
         "items": {"type": "string", "minLength": 1, "maxLength": 50},
         "default": DEFAULTS["tags"],
     },

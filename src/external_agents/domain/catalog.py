@@ -86,7 +86,7 @@ class Catalog:
         Raises:
             ValidationError: Every fault of it.
         """
-        faults = self.create_schema.faults(document)
+        faults = self.create_schema.faults(_cut(document))
         if isinstance(document, Mapping):
             faults += self._config_faults(document, urls)
             if isinstance(document.get("budget_config"), Mapping):
@@ -135,6 +135,13 @@ def join_secrets(public: Mapping[str, JsonValue], secrets: Mapping[str, JsonValu
 def _names(name: JsonValue, known: Mapping[str, T]) -> TypeGuard[str]:
     """Whether `name`, any JSON value, is the name of one of `known`."""
     return isinstance(name, str) and name in known
+
+
+def _cut(document: JsonValue) -> JsonValue:
+    """Without the tags that are over the limit: one too many says as much as a hundred thousand, and sooner."""
+    if isinstance(document, Mapping) and isinstance(tags := document.get("tags"), list):
+        return {**document, "tags": tags[: agent_rules.TAGS_MAX + 1]}
+    return document
 
 
 def _by_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import attrs
 
-from external_agents.adapters.postgres.child_process import ChildProcess, Launch
+from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.rest.gunicorn_server import APP, BACKLOG, GunicornOptions
 from external_agents.domain.errors import ExternalAgentsError
 

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from external_agents.adapters.postgres.child_process import ChildProcess
 from external_agents.adapters.postgres.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from external_agents.adapters.postgres.embedded.child_process import ChildProcess
 from external_agents.supervisor.gunicorn import GRACEFUL_TIMEOUT_S, READY_POLL_S, ServeError, answers
 
 START_TIMEOUT_S = 60.0

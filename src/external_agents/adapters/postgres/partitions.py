@@ -25,7 +25,7 @@ MONTHS_AHEAD = 3
 UPKEEP_LOCK = 7_205_113_802
 LOCK_WAIT_MS = 500
 """Less than deadlock_timeout: in a knot with live invocations it is upkeep that gives way."""
-FILLFACTOR = 70
+FILLFACTOR = 50
 """Room in the page for the settled version of a row beside the running one, so that the update is HOT."""
 
 
@@ -62,11 +62,11 @@ def _add_partition(connection: Connection, start: datetime, end: datetime) -> bo
     name = _name(start)
     if _exists(connection, name):
         return False
-    # LOCAL: the setting goes with the transaction, the connection may be used for other things afterwards.
-    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_WAIT_MS}ms'"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": UPKEEP_LOCK})
     if _exists(connection, name):
         return False
+    # LOCAL: the setting goes with the transaction, the connection may be used for other things afterwards.
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_WAIT_MS}ms'"))
     columns = ", ".join(column.name for column in invocations.columns)
     bounds = {"first": first_id_at(start), "end": first_id_at(end)}
     connection.execute(

@@ -75,7 +75,7 @@ class Tokens:
         """
         Args:
             deadline_s: How long the caller waits, by the running loop's clock.
-            rejected: A token that the agent did not take.
+            rejected: A token that the agent did not take. This very object: a provider may give the same text again.
 
         Raises:
             Unanswered: There is none; with the outcome that it amounts to.

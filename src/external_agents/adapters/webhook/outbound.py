@@ -153,7 +153,6 @@ def _session(guard: EgressGuard, context: ssl.SSLContext) -> aiohttp.ClientSessi
         connector=GuardedConnector(guard, context),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
-        auto_decompress=False,
         read_bufsize=READ_BUFFER_BYTES,
         response_class=_Response,
     )

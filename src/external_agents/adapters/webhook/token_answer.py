@@ -28,11 +28,9 @@ _REASONS = frozenset(
 _NOT_UNDERSTOOD = frozenset({"invalid_request", "invalid_client"})
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Token:
     """
-    Two tokens are never equal: a provider may give the same text again, and that is a new answer all the same.
-
     Attributes:
         kept_until_s: By the clock's monotonic time.
     """

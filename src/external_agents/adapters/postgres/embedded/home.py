@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from external_agents.adapters.postgres.embedded_account import (
+from external_agents.adapters.postgres.embedded.account import (
     SYSTEM_HOME,
     Account,
     EmbeddedPostgresError,

@@ -23,7 +23,7 @@ from typing import Literal
 import attrs
 import platformdirs
 
-from external_agents.adapters.postgres.child_process import ChildProcess, Launch
+from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.domain.errors import ExternalAgentsError
 
 ROOT = 0

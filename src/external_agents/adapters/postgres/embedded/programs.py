@@ -9,10 +9,10 @@ from pathlib import Path
 
 import attrs
 
-from external_agents.adapters.postgres.child_process import ChildProcess, Launch
-from external_agents.adapters.postgres.embedded_account import Account, EmbeddedPostgresError
-from external_agents.adapters.postgres.embedded_log import ServerLog
-from external_agents.adapters.postgres.file_lock import FileLock
+from external_agents.adapters.postgres.embedded.account import Account, EmbeddedPostgresError
+from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
+from external_agents.adapters.postgres.embedded.file_lock import FileLock
+from external_agents.adapters.postgres.embedded.log import ServerLog
 
 
 @attrs.frozen(kw_only=True)

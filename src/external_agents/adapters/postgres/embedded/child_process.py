@@ -13,7 +13,7 @@ from pathlib import Path
 
 import attrs
 
-LAUNCH_SCRIPT = Path(__file__).with_name("embedded_launch.py")
+LAUNCH_SCRIPT = Path(__file__).with_name("launch.py")
 
 
 @attrs.frozen(kw_only=True)

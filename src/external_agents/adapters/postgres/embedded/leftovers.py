@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from external_agents.adapters.postgres.file_lock import FileLock
+from external_agents.adapters.postgres.embedded.file_lock import FileLock
 
 PATIENCE_S = 5.0
 """How long they may take to end by themselves: a clean shutdown, or a backend that has not noticed yet."""

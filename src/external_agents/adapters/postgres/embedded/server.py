@@ -24,19 +24,19 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from external_agents.adapters.postgres.child_process import ChildProcess
-from external_agents.adapters.postgres.embedded_account import (
+from external_agents.adapters.postgres.embedded.account import (
     ROOT,
     Account,
     EmbeddedPostgresError,
     account_for,
 )
-from external_agents.adapters.postgres.embedded_home import make_server_folder, server_folder, unusable
-from external_agents.adapters.postgres.embedded_leftovers import end_leftovers, postmaster_on
-from external_agents.adapters.postgres.embedded_log import ServerLog
-from external_agents.adapters.postgres.embedded_programs import Programs, binaries
-from external_agents.adapters.postgres.embedded_socket import make_socket_dir, remove_socket_dir
-from external_agents.adapters.postgres.file_lock import FileLock
+from external_agents.adapters.postgres.embedded.child_process import ChildProcess
+from external_agents.adapters.postgres.embedded.file_lock import FileLock
+from external_agents.adapters.postgres.embedded.home import make_server_folder, server_folder, unusable
+from external_agents.adapters.postgres.embedded.leftovers import end_leftovers, postmaster_on
+from external_agents.adapters.postgres.embedded.log import ServerLog
+from external_agents.adapters.postgres.embedded.programs import Programs, binaries
+from external_agents.adapters.postgres.embedded.socket_folder import make_socket_dir, remove_socket_dir
 
 DATABASE = "external_agents"
 USER = "external_agents"
@@ -206,7 +206,7 @@ class EmbeddedPostgres:
         settings = {
             **SETTINGS,
             "unix_socket_directories": f'"{socket_dir}"',
-            # The operating system shows it with every process of the server: see `embedded_leftovers`.
+            # The operating system shows it with every process of the server: see `leftovers`.
             "cluster_name": self._mark,
         }
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]

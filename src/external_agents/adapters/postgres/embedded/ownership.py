@@ -1,5 +1,5 @@
 """
-The embedded PostgreSQL, and who may use it.
+Who may use the embedded PostgreSQL.
 
 A server belongs to one process, its owner, and ends with it. Two locks under HOME/postgres keep that safe:
 
@@ -10,7 +10,7 @@ A server belongs to one process, its owner, and ends with it. Two locks under HO
 A command alone owns the server exclusively and never takes shared.lock, so nobody can come to depend on a server that
 its command is about to stop. The next command waits for owner.lock. A command beside `serve` sees shared.lock held
 and connects. A second `serve` cannot take owner.lock, sees shared.lock held and gives up at once. The kernel drops
-both locks with the process; what may then remain of the server is `embedded_server`'s concern.
+both locks with the process; what may then remain of the server is `server`'s concern.
 """
 
 from __future__ import annotations
@@ -23,27 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from external_agents.adapters.postgres.embedded_account import (
-    Account,
-    EmbeddedPostgresError,
-    default_home,
-    user_namespaces_available,
-)
-from external_agents.adapters.postgres.embedded_home import make_home, make_server_folder, server_folder, unusable
-from external_agents.adapters.postgres.embedded_server import PORT, EmbeddedPostgres, ready_postmaster, url_of
-from external_agents.adapters.postgres.file_lock import FileLock, read_lock_note, write_lock_note
-
-__all__ = [
-    "EmbeddedPostgres",
-    "EmbeddedPostgresError",
-    "attached",
-    "default_home",
-    "make_home",
-    "owned",
-    "running_url",
-    "shared",
-    "user_namespaces_available",
-]
+from external_agents.adapters.postgres.embedded.account import Account, EmbeddedPostgresError
+from external_agents.adapters.postgres.embedded.file_lock import FileLock, read_lock_note, write_lock_note
+from external_agents.adapters.postgres.embedded.home import make_server_folder, server_folder, unusable
+from external_agents.adapters.postgres.embedded.server import PORT, EmbeddedPostgres, ready_postmaster, url_of
 
 WAIT_S = 30.0
 POLL_S = 0.05

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from external_agents.adapters.postgres.embedded_account import Account
+from external_agents.adapters.postgres.embedded.account import Account
 
 LONGEST_BASE = 40
 

@@ -1,7 +1,7 @@
 """
 Becomes a child process of this project: run as a script, by path, and imports nothing but the standard library.
 
-    python -I -S embedded_launch.py PARENT_PID DEATH_SIGNAL ACCOUNT [--reach PATH]… -- PROGRAM [ARGUMENT]…
+    python -I -S launch.py PARENT_PID DEATH_SIGNAL ACCOUNT [--reach PATH]… -- PROGRAM [ARGUMENT]…
 
 It takes on ACCOUNT (`same`; `namespace:UID:GID`, which is what the caller's own account is called inside a new user
 namespace; `account:UID:GID`), asks the kernel for DEATH_SIGNAL when the thread that started it ends, and executes
