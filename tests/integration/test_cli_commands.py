@@ -162,9 +162,6 @@ def test_a_faulty_document_is_one_line_for_each_fault(serve: Serve) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     paths = {line.split(": ")[1] for line in done.stderr.splitlines()}
     assert paths == {"name", "webhook_url", "auth_type", "platform_config"}
-    for document in ("{", "", '{"a": NaN}', '{"a": 1, "a": 2}'):
-        failure(run("agents", "create", "--org", "dev", "-", home=serve.home, stdin=document))
-    assert "/nonexistent" in failure(run("agents", "create", "--org", "dev", "@/nonexistent", home=serve.home))
 
 
 @beside

@@ -18,6 +18,7 @@ COMMANDS = [
     *(["agents", name] for name in ("create", "list", "show", "update", "delete")),
     *(["invocations", name] for name in ("list", "show")),
 ]
+UNKNOWN_ID = "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13"
 SECRET_KEYS = "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 
 
@@ -77,6 +78,16 @@ def test_wrong_usage_is_one_line_and_exit_2(
     assert line.startswith("external-agents: ")
     assert names in line
     assert line.endswith("--help"), "it says where to read on"
+
+
+@pytest.mark.parametrize("document", ["{", "nonsense", '{"a": NaN}', '{"a": 1, "a": 2}', "@/nonexistent", "{} {}"])
+def test_a_document_that_is_none_is_one_line_and_exit_1(document: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["agents", "create", "--org", "acme"], ["agents", "update", UNKNOWN_ID, "--org", "acme"]):
+        assert run_here([*command, document]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        [line] = shown.err.splitlines()
+        assert line.startswith("external-agents: ")
 
 
 def test_a_group_without_a_command_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +162,7 @@ def test_policies_that_do_not_parse_or_validate_stop_serve_with_file_and_line(ho
 
 def test_a_database_that_is_not_there_is_told_with_the_reason(home: Path) -> None:
     env = {"DATABASE_URL": "postgresql://acme:s3cret@127.0.0.1:1/x", "SECRET_KEYS": SECRET_KEYS}
-    for command in (["serve", "--port", "0"], ["keys", "list", "--org", "acme"], ["migrate"]):
+    for command in (["serve", "--port", "0"], ["keys", "list", "--org", "acme"]):
         done = run(*command, home=home, env=env)
         assert (done.returncode, done.stdout) == (1, ""), command
         [line] = done.stderr.splitlines()

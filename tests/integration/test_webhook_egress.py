@@ -128,6 +128,13 @@ class TestNames:
         assert names.asked == []
         assert agent_server.requests[0].headers["host"] == f"localhost:{agent_server.port}"
 
+    async def test_a_name_beyond_ascii_is_looked_up_by_its_ascii_form(self, agent_server: Agent):
+        names = Names(**{"xn--bcher-kva_example": [["127.0.0.1"]]})
+        async with open_transport(resolve=names) as transport:
+            assert (await transport.exchange(request_to(agent_server.url_at("/", "B\u00fccher.example")))).error is None
+        assert names.asked == ["xn--bcher-kva.example"]
+        assert agent_server.requests[0].headers["host"] == f"xn--bcher-kva.example:{agent_server.port}"
+
     async def test_a_name_without_addresses(self):
         async with open_transport(resolve=Names(agent_example=[[]])) as transport:
             outcome = await transport.exchange(request_to("http://agent.example/"))

@@ -25,7 +25,7 @@ MONTHS_AHEAD = 3
 UPKEEP_LOCK = 7_205_113_802
 LOCK_WAIT_MS = 500
 """Less than deadlock_timeout: in a knot with live invocations it is upkeep that gives way."""
-FILLFACTOR = 50
+FILLFACTOR = 70
 """Room in the page for the settled version of a row beside the running one, so that the update is HOT."""
 
 
