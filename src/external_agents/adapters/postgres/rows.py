@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeAlias
 
+from cattrs.preconf.orjson import make_converter
 from sqlalchemy import RowMapping
 
 from external_agents.adapters.postgres.columns import config_of, config_text, storable
@@ -29,6 +27,8 @@ INVOCATION_COLUMNS = (
     *("org_id", "id", "external_agent_id", "lineage_hop_id", "initiated_by", "request_payload", "reservation_amount"),
     *("reservation_currency", "trace_id", "created_at", *END_COLUMNS),
 )
+_attempts = make_converter(omit_if_default=True)
+
 WINDOWS_COLUMNS = tuple(f"{window.value}_{part}" for window in Window for part in ("head", "counts"))
 
 
@@ -133,7 +133,7 @@ def invocation_of(row: Row) -> ExternalAgentInvocation:
         request=JsonText(row["request_payload"]),
         response=JsonText(row["response_payload"]) if row["response_payload"] is not None else None,
         response_status=row["response_status"],
-        attempts=tuple(_attempt_of(attempt) for attempt in json.loads(row["attempts"])),
+        attempts=_attempts.loads(row["attempts"], tuple[Attempt, ...]),
         execution_time_ms=row["execution_time_ms"],
         error_code=ErrorCode(row["error_code"]) if row["error_code"] is not None else None,
         error_message=row["error_message"],
@@ -147,7 +147,7 @@ def invocation_of(row: Row) -> ExternalAgentInvocation:
 
 
 def attempts_text(attempts: tuple[Attempt, ...]) -> str:
-    return json.dumps([_attempt_value(attempt) for attempt in attempts], separators=(",", ":"))
+    return _attempts.dumps(attempts).decode()
 
 
 def money_of(amount: Decimal | None, currency: str | None) -> Money | None:
@@ -174,17 +174,3 @@ def _money_values(prefix: str, money: Money | None) -> dict[str, Any]:
         f"{prefix}_amount": money.amount if money else None,
         f"{prefix}_currency": money.currency if money else None,
     }
-
-
-def _attempt_value(attempt: Attempt) -> dict[str, Any]:
-    result = {"error": attempt.error.value} if attempt.error else {"status": attempt.status}
-    return {"at": attempt.at.isoformat(), **result, "duration_ms": attempt.duration_ms}
-
-
-def _attempt_of(value: Mapping[str, Any]) -> Attempt:
-    return Attempt(
-        at=datetime.fromisoformat(value["at"]),
-        status=value.get("status"),
-        error=ErrorCode(value["error"]) if "error" in value else None,
-        duration_ms=value["duration_ms"],
-    )
