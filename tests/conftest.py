@@ -10,10 +10,17 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from agents import Agent
     from postgres_server import PostgresServer
+
+
+# `--hypothesis-profile=thorough` tries fifty times as hard.
+settings.register_profile("suite", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", parent=settings.get_profile("suite"), max_examples=5000)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

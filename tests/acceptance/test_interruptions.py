@@ -24,7 +24,8 @@ from serve import (
     serving,
 )
 
-SLOW_AGENT_S = 3.0
+SLOW_AGENT_S = 5.0
+"""More than the 3 s that gunicorn gives a request whose caller has gone before it cancels it."""
 CALL_S = 30.0
 INTERRUPTED_WITHIN_S = 120.0
 

@@ -42,7 +42,7 @@ def model(address: Address) -> bool:
     return not any(low <= number & 0xFFFFFFFF <= high for low, high in CLOSED_V4)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 @given(ADDRESSES)
 def test_public_is_what_the_model_calls_public(address: Address) -> None:
     assert is_public(address) == model(address)
@@ -79,7 +79,7 @@ def spellings(address: Address) -> list[str]:
 LOOPBACK = st.sampled_from(["127.0.0.1", "127.0.0.2", "127.1.2.3", "::1", "0.0.0.0", "::"]).map(ip_address)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     refused=LOOPBACK,
     others=st.lists(st.just("93.184.215.14"), max_size=3),

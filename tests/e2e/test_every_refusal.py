@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +89,8 @@ async def test_what_is_not_there_or_not_done(api: httpx.AsyncClient, agent: Agen
 
 async def test_what_an_inactive_agent_and_a_failing_one_answer(api: httpx.AsyncClient, agent: Agent) -> None:
     path = await create(api, agent, status="inactive", timeout_s=1, max_attempts=2)
-    is_problem(await api.post(f"{path}/invoke", json={}), 409)
+    for answer in await asyncio.gather(*(api.post(f"{path}/invoke", json={}) for _ in range(20))):
+        is_problem(answer, 409)
     assert (await api.patch(path, json={"status": "active"})).status_code == 200
 
     agent.answers(Reply(418))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import attrs
 import psycopg
@@ -29,7 +29,7 @@ from external_agents.domain.errors import (
 )
 from external_agents.domain.invocation import ErrorCode, InvocationStatus
 from external_agents.domain.json_values import JsonText
-from external_agents.ports.ledger import LEASE_S
+from external_agents.ports.ledger import LEASE_S, Admission
 from external_agents.ports.repositories import InvocationQuery
 from external_agents.testing.builders import (
     conclude,
@@ -123,6 +123,7 @@ async def test_mixed_work_neither_deadlocks_nor_loses_money(
     await postgres_agents.bulk(agents)
     ledgers = [PostgresLedger(engine, uuid4()) for _ in range(3)]
     outcomes = [costing(None), costing("0.05"), costing("0.4"), refused(), timed_out()]
+    finished = asyncio.Event()
 
     async def caller(number: int) -> None:
         for turn in range(8):
@@ -140,6 +141,8 @@ async def test_mixed_work_neither_deadlocks_nor_loses_money(
 
     async def editor() -> None:
         for turn in count():
+            if finished.is_set():
+                return
             for known in agents:
                 agent = await postgres_agents.read(org_id, known.id)
                 currency = ("EUR", "USD", "CHF", "SEK")[turn % 4]
@@ -149,18 +152,16 @@ async def test_mixed_work_neither_deadlocks_nor_loses_money(
 
     async def undertaker() -> None:
         judge = PostgresLedger(engine, uuid4())
-        while True:
+        while not finished.is_set():
             await shifted_clock.pass_time(LEASE_S / 3)
             await judge.heartbeat()
             await judge.recover()
 
-    background = [asyncio.create_task(work) for work in (editor(), undertaker(), undertaker())]
+    background = asyncio.gather(editor(), undertaker(), undertaker(), return_exceptions=True)
     callers = await asyncio.gather(*(caller(number) for number in range(24)), return_exceptions=True)
-    for task in background:
-        task.cancel()
-    ended = await asyncio.gather(*background, return_exceptions=True)
+    finished.set()
     assert set(callers) == {None}
-    assert {type(end) for end in ended} == {asyncio.CancelledError}
+    assert set(await background) == {None}
     with psycopg.connect(dsn(postgres_url)) as connection:
         assert connection.execute(
             "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
@@ -350,6 +351,30 @@ async def test_an_admission_whose_commit_was_not_answered_is_ended(
         assert account == BudgetAccount(spent=Decimal(1), reserved=Decimal(1))
         await ledger.settle(conclude(kept))
     await assert_books_balance(postgres_url)
+
+
+async def test_callers_who_go_away_leave_nothing_behind(
+    postgres_url: str, postgres_agents: PostgresAgents, open_engine: OpenEngine
+) -> None:
+    """Cancelled anywhere, also within the commit: no connection is lost, and what nobody was told of is ended."""
+    agent = make_agent(budget_config={"max_cost_per_invocation": 1})
+    await postgres_agents.create(agent)
+    engine = open_engine(postgres_url, pool_size=3, pool_wait_s=30.0)
+    ledger, reader = PostgresLedger(engine, uuid4()), PostgresInvocations(engine)
+    known: set[UUID] = set()
+    for turn in range(40):
+        callers = [asyncio.create_task(ledger.admit(make_request(agent))) for _ in range(5)]
+        await asyncio.wait(callers, timeout=turn / 1000, return_when=asyncio.FIRST_COMPLETED)
+        for caller in callers:
+            caller.cancel()
+        results = await asyncio.gather(*callers, return_exceptions=True)
+        known |= {result.invocation.id for result in results if isinstance(result, Admission)}
+    await ledger.recover()
+    running = InvocationQuery(org_id=agent.org_id, status=InvocationStatus.RUNNING)
+    assert {row.id for row in await reader.list(running, limit=1000)} == known
+    assert (await ledger.forecast(agent.org_id, agent.id)).account.reserved == len(known)
+    await assert_books_balance(postgres_url)
+    await asyncio.gather(*(ledger.admit(make_request(agent)) for _ in range(6)))
 
 
 async def test_refusals_are_not_remembered(postgres_agents: PostgresAgents, postgres_ledger: PostgresLedger) -> None:

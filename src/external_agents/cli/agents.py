@@ -68,7 +68,7 @@ def list_agents(
         ("id", "name", "provider", "status", "webhook_url"),
         [(str(agent.id), agent.name, agent.provider, agent.status, agent.webhook_url) for agent in found.items],
     )
-    note(f"page {found.page} of {found.pages}, {found.total} in all")
+    note(f"page {found.page} of {max(1, found.pages)}, {found.total} in all")
 
 
 @app.command("show")
