@@ -46,6 +46,8 @@ from external_agents.settings import Settings, variable_of
 
 AUTH_SCHEMES_GROUP = "external_agents.auth_schemes"
 PLATFORMS_GROUP = "external_agents.platforms"
+ENDINGS_POOL_SIZE = 4
+ENDINGS_POOL_WAIT_S = 30.0
 PARTITIONS_EVERY_S = 86_400.0
 PARTITIONS_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
@@ -101,7 +103,8 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
     key_ring = load_key_ring(settings)
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
-    ledger = PostgresLedger(engine, ids.new_id())
+    endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
+    ledger = PostgresLedger(engine, ids.new_id(), endings=endings)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
@@ -137,6 +140,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
             await ledger.retire()
         await transport.aclose()
         await engine.dispose()
+        await endings.dispose()
 
 
 def create_asgi_app(settings: Settings | None = None) -> AsgiApp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -42,6 +43,14 @@ async def test_types_that_are_json(api: Api, content_type: str) -> None:
     patched = await api.call("PATCH", path, content=b'{"name": "B"}', headers={"Content-Type": content_type})
     assert patched.json()["name"] == "B"
     assert (await api.call("POST", f"{path}/invoke", content=b"1", headers={"Content-Type": content_type})).is_success
+
+
+@pytest.mark.parametrize("hostile", ["; " + " " * 10, ";a=", ';a="', ";" * 5, "; ", ';a="x"'])
+async def test_no_content_type_takes_long_to_judge(api: Api, hostile: str) -> None:
+    content_type = ("application/json" + hostile * 400)[:4000] + "@"
+    async with asyncio.timeout(5):
+        answer = await api.call("POST", AGENTS, content=b"{}", headers={"Content-Type": content_type})
+    assert answer.status_code == 415
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class InvocationPipeline:
         except Exception:
             _log.exception("invocation %s broke off; what its agent did is unknown", admission.invocation.id)
             finished = admission.invocation.interrupted(self._clock.now())
-        stored = await self._settle(finished, answer)
+        stored = await self._settle(admission.invocation, finished, answer)
         self._witness(
             InvocationRecord(
                 at=self._clock.now(),
@@ -192,7 +192,7 @@ class InvocationPipeline:
             )
 
     async def _settle(
-        self, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]
+        self, running: ExternalAgentInvocation, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]
     ) -> ExternalAgentInvocation:
         began_s = self._clock.monotonic_s()
         pause_s = 0.1
@@ -200,9 +200,13 @@ class InvocationPipeline:
             try:
                 return await self._ledger.settle(finished)
             except Unavailable as outage:
-                if self._clock.monotonic_s() - began_s >= SETTLE_PATIENCE_S:
-                    _answer(answer, Unavailable("The ledger", invocation_id=finished.id))
                 _log.warning("settling invocation %s waits: %s", finished.id, outage)
+            except Exception:
+                # What the ledger cannot take must not stay running for as long as this process lives.
+                _log.exception("invocation %s could not be settled; what it came to is lost", finished.id)
+                finished = running.interrupted(self._clock.now())
+            if self._clock.monotonic_s() - began_s >= SETTLE_PATIENCE_S:
+                _answer(answer, Unavailable("The ledger", invocation_id=finished.id))
             await self._clock.sleep(pause_s)
             pause_s = min(2.0, pause_s * 2)
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 import enum
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -18,6 +19,9 @@ from external_agents.domain.errors import Fault, ValidationError
 from external_agents.domain.invocation import ExternalAgentInvocation
 
 LIMIT_MAX = 100
+
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,6}\d*)?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_NO_MOMENT = "must be a time with an offset (RFC 3339), such as 2026-01-31T12:00:00Z; in a URL, + is written %2B"
 PAGE_MAX = 1_000_000_000
 
 E = TypeVar("E", bound=enum.StrEnum)
@@ -86,12 +90,15 @@ class ParameterReader:
     def moment(self, name: str, value: datetime | str | None) -> datetime | None:
         """An aware datetime, or RFC 3339 text with an offset."""
         try:
-            moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-            if moment is not None and (moment.tzinfo is None or (isinstance(value, str) and len(value) < 20)):
+            if isinstance(value, str):
+                if _RFC_3339.fullmatch(value) is None:
+                    raise ValueError
+                value = datetime.fromisoformat(value.upper())
+            if value is not None and value.tzinfo is None:
                 raise ValueError
-            return moment.astimezone(UTC) if moment else None
+            return value.astimezone(UTC) if value else None
         except (ValueError, OverflowError):
-            self._faults.append(Fault(name, "must be a time with an offset (RFC 3339), such as 2026-01-31T12:00:00Z"))
+            self._faults.append(Fault(name, _NO_MOMENT))
             return None
 
     def cursor(self, name: str, value: str | None) -> UUID | None:

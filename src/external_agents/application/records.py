@@ -9,7 +9,12 @@ from uuid import UUID
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.errors import Fault, ValidationError
 from external_agents.domain.ids import created_at_of
-from external_agents.domain.invocation import ErrorCode, ExternalAgentInvocation, InvocationStatus
+from external_agents.domain.invocation import (
+    TRACE_ID_PATTERN,
+    ErrorCode,
+    ExternalAgentInvocation,
+    InvocationStatus,
+)
 from external_agents.domain.json_values import JsonText, JsonValue, join_path, plain_value
 from external_agents.domain.schema import Schema
 
@@ -24,7 +29,7 @@ FINISHED_CALL_SCHEMA = {
         "error_code": {"type": "string", "enum": [code.value for code in ErrorCode]},
         "error_message": {"type": "string", "maxLength": 2000},
         "lineage_hop_id": {"type": "string", "minLength": 1, "maxLength": 200},
-        "trace_id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+        "trace_id": {"type": "string", "pattern": TRACE_ID_PATTERN},
     },
     "required": ["status", "request_payload"],
     "additionalProperties": False,

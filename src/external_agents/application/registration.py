@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from uuid import UUID
 
-from external_agents.domain.agent import DEFAULTS, AgentStatus, ExternalAgent
+from external_agents.domain.agent import CHANGEABLE, DEFAULTS, AgentStatus, ExternalAgent
 from external_agents.domain.auth import EVERYTHING, Credentials
 from external_agents.domain.catalog import Catalog, join_secrets, split_secrets
 from external_agents.domain.egress import Destination, UrlRules
 from external_agents.domain.errors import Fault, ValidationError
-from external_agents.domain.json_values import JsonValue, decode, dumps, merge_patch, plain_value
+from external_agents.domain.json_values import JsonValue, decode, dumps, judged_value, merge_patch
 from external_agents.ports.secrets import SecretBox, SecretContext
 
 Document = Mapping[str, JsonValue]
@@ -31,22 +31,24 @@ class Registrar:
         Raises:
             ValidationError: Every fault of the config.
         """
-        _raise_if(self._catalog.auth_faults(auth_type, plain_value(config), self._url_rules, ""))
+        config, faults = judged_value(config)
+        _raise_if(faults + self._catalog.auth_faults(auth_type, config, self._url_rules, ""))
 
     def check_platform_config(self, provider: JsonValue, config: JsonValue) -> None:
         """
         Raises:
             ValidationError: Every fault of the config.
         """
-        _raise_if(self._catalog.platform_faults(provider, plain_value(config), self._url_rules, ""))
+        config, faults = judged_value(config)
+        _raise_if(faults + self._catalog.platform_faults(provider, config, self._url_rules, ""))
 
     def register(self, document: JsonValue, *, agent_id: UUID, org_id: str, by: str, at: datetime) -> ExternalAgent:
         """
         Raises:
             ValidationError: Every fault of the document.
         """
-        document = plain_value(document)
-        self._catalog.check_agent(document, self._url_rules)
+        document, faults = judged_value(document)
+        _raise_if(faults + self._catalog.agent_faults(document, self._url_rules))
         return ExternalAgent(
             **self._fields({**DEFAULTS, **document}, org_id, agent_id),
             id=agent_id,
@@ -64,18 +66,16 @@ class Registrar:
         Raises:
             ValidationError: Every fault of the patch and of the merged whole.
         """
-        patch = plain_value(patch)
-        self._catalog.patch_schema.check(patch)
+        patch, faults = judged_value(patch)
+        faults += self._catalog.patch_faults(patch)
+        if not isinstance(patch, Mapping):
+            raise ValidationError(faults)
         current = self._document(agent)
-        if patch.get("auth_type", agent.auth_type) != agent.auth_type:
+        if patch.get("auth_type") not in (None, agent.auth_type):
             del current["auth_config"]
-        merged = merge_patch(current, patch)
-        faults = list(self._kept_secret_faults(agent, current, merged, patch))
-        try:
-            self._catalog.check_agent(merged, self._url_rules)
-        except ValidationError as invalid:
-            faults += invalid.errors
-        _raise_if(faults)
+        merged = merge_patch(current, {name: value for name, value in patch.items() if name in CHANGEABLE})
+        faults += self._kept_secret_faults(agent, current, merged, patch)
+        _raise_if(faults + self._catalog.agent_faults(merged, self._url_rules))
         return agent.changed(self._fields({**DEFAULTS, **merged}, agent.org_id, agent.id), by=by, at=at)
 
     def credentials(self, agent: ExternalAgent) -> Credentials:
@@ -85,7 +85,9 @@ class Registrar:
         Raises:
             SecretUnreadable: An envelope cannot be opened.
         """
-        return self._catalog.auth_schemes[agent.auth_type].credentials(self._document(agent)["auth_config"])
+        secrets = self._opened(agent, "auth_config")
+        config = join_secrets(agent.auth_config, secrets, "auth_config")
+        return self._catalog.auth_schemes[agent.auth_type].credentials(config)
 
     def _fields(self, document: Document, org_id: str, agent_id: UUID) -> dict[str, JsonValue]:
         scheme = self._catalog.auth_schemes[document["auth_type"]]
@@ -124,13 +126,24 @@ class Registrar:
             "max_attempts": agent.max_attempts,
             "status": agent.status.value,
         }
-        contexts = self._contexts(document, agent.org_id, agent.id)
-        secrets = {
-            path: decode(self._secret_box.open(envelope, contexts(path))) for path, envelope in agent.sealed.items()
-        }
         for path in ("auth_config", "platform_config"):
-            document[path] = join_secrets(document[path], secrets, path)
+            document[path] = join_secrets(document[path], self._opened(agent, path), path)
         return document
+
+    def _opened(self, agent: ExternalAgent, config: str) -> dict[str, JsonValue]:
+        """The secrets of one of the configs by their paths."""
+        document = {
+            "provider": agent.provider,
+            "webhook_url": agent.webhook_url,
+            "auth_type": agent.auth_type,
+            "auth_config": agent.auth_config,
+        }
+        contexts = self._contexts(document, agent.org_id, agent.id)
+        return {
+            path: decode(self._secret_box.open(envelope, contexts(path)))
+            for path, envelope in agent.sealed.items()
+            if path.partition(".")[0] == config
+        }
 
     def _contexts(self, document: Document, org_id: str, agent_id: UUID) -> _Contexts:
         return _Contexts(
@@ -167,7 +180,8 @@ class Registrar:
         try:
             return self._auth_origins(current) != self._auth_origins(merged)
         except (KeyError, TypeError, ValueError, AttributeError):
-            return True  # The merged document is invalid in itself, which check_agent tells.
+            # The merged document is invalid in itself, which agent_faults tells; a faulty URL is another one, too.
+            return "auth_type" in merged
 
 
 class _Contexts:

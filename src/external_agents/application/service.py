@@ -35,7 +35,7 @@ from external_agents.domain.errors import (
     Unavailable,
     ValidationError,
 )
-from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
+from external_agents.domain.invocation import TRACE_ID_PATTERN, ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText, JsonValue, plain_value
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
 from external_agents.ports.observability import ObservabilityManager
@@ -55,7 +55,7 @@ LINEAGE_HOP_ID_MAX = 200
 DRAIN_S = 135.0
 """Longer than any invocation may take, so that draining loses none."""
 
-_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+_TRACE_ID = re.compile(TRACE_ID_PATTERN)
 _RACES_MAX = 10
 _JUDGED_AT_ONCE = 500
 

@@ -77,7 +77,8 @@ AGENT_PROPERTIES: Mapping[str, JsonValue] = {
 """What a caller sets; the catalog narrows auth_type, provider and the two configs that depend on them."""
 
 REQUIRED_TO_CREATE = ("name", "provider", "webhook_url", "auth_type")
-FIXED_AFTER_CREATION = ("provider",)
+FIXED_AFTER_CREATION = frozenset({"provider"})
+CHANGEABLE = AGENT_PROPERTIES.keys() - FIXED_AFTER_CREATION
 
 
 @attrs.frozen(kw_only=True)

@@ -9,9 +9,9 @@ from typing import TypeGuard, TypeVar
 
 from external_agents.domain import agent as agent_rules
 from external_agents.domain.auth import AUTH_SCHEMES, EVERYTHING, AuthScheme
-from external_agents.domain.budget import budget_faults
+from external_agents.domain.budget import decimals_faults
 from external_agents.domain.egress import UrlRules
-from external_agents.domain.errors import ConfigurationError, Fault, ValidationError
+from external_agents.domain.errors import ConfigurationError, Fault
 from external_agents.domain.json_values import JsonValue, join_path
 from external_agents.domain.platform import PLATFORMS, Platform
 from external_agents.domain.schema import Schema
@@ -79,34 +79,37 @@ class Catalog:
         faults = self._platform[provider].faults(config, path)
         return faults + list(_url_faults(self.platforms[provider].url_fields, config, urls, path, faults))
 
-    def check_agent(self, document: JsonValue, urls: UrlRules) -> None:
-        """
-        A whole agent as its owner describes it, secrets included.
+    def patch_faults(self, patch: JsonValue) -> list[Fault]:
+        """Every field of a merge patch that an agent does not have, or that is fixed."""
+        fixed = [name for name in agent_rules.FIXED_AFTER_CREATION if isinstance(patch, Mapping) and name in patch]
+        faults = [fault for fault in self.patch_schema.faults(patch) if fault.path not in fixed]
+        return faults + [Fault(name, "cannot be changed") for name in fixed]
 
-        Raises:
-            ValidationError: Every fault of it.
-        """
+    def agent_faults(self, document: JsonValue, urls: UrlRules) -> list[Fault]:
+        """Every fault of a whole agent as its owner describes it, secrets included."""
         faults = self.create_schema.faults(_cut(document))
         if isinstance(document, Mapping):
             faults += self._config_faults(document, urls)
             if isinstance(document.get("budget_config"), Mapping):
-                faults += budget_faults(document["budget_config"])
+                faults += decimals_faults(document["budget_config"])
             faults += _url_faults(("webhook_url",), document, urls, "", faults)
-        if faults:
-            raise ValidationError(faults)
+        return faults
 
     def _config_faults(self, document: Mapping[str, JsonValue], urls: UrlRules) -> Iterator[Fault]:
         auth_type, provider = document.get("auth_type"), document.get("provider")
         if "auth_config" in document and isinstance(document["auth_config"], Mapping) and auth_type is not None:
             yield from self.auth_faults(auth_type, document["auth_config"], urls, "auth_config")
-        elif "auth_config" not in document and _names(auth_type, self.auth_schemes) and auth_type != "none":
+        elif (
+            "auth_config" not in document
+            and auth_type != "none"
+            and ("auth_type" not in document or _names(auth_type, self.auth_schemes))
+        ):
             yield Fault("auth_config", "is required")
         if "platform_config" in document and isinstance(document["platform_config"], Mapping) and provider is not None:
             yield from self.platform_faults(provider, document["platform_config"], urls, "platform_config")
-        elif (
-            "platform_config" not in document
-            and _names(provider, self.platforms)
-            and self.platforms[provider].config_required
+        elif "platform_config" not in document and (
+            "provider" not in document
+            or (_names(provider, self.platforms) and self.platforms[provider].config_required)
         ):
             yield Fault("platform_config", "is required")
 

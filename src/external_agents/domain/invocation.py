@@ -14,6 +14,9 @@ from external_agents.domain.budget import Money, reported_cost
 from external_agents.domain.errors import IllegalTransition
 from external_agents.domain.json_values import JsonText, JsonValue
 
+TRACE_ID_PATTERN = "^(?!0{32})[0-9a-f]{32}$"
+"""W3C Trace Context, section 3.2.2.3."""
+
 
 class InvocationStatus(enum.StrEnum):
     PENDING = "pending"
@@ -54,6 +57,7 @@ class Outcome:
         answer: The answer's body as JSON; a body that is not JSON as a string.
         message: One line for the record; without secrets and addresses.
         retry_after_s: What the agent asked for.
+        passing: Whether it is known to pass, so that trying again is worth it, although `status` does not say so.
         may_have_run: Whether the agent may have done its work although no complete answer was taken.
     """
 
@@ -62,6 +66,7 @@ class Outcome:
     answer: JsonText | None = None
     message: str | None = None
     retry_after_s: float | None = None
+    passing: bool = False
     may_have_run: bool = False
 
 

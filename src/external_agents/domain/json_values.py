@@ -107,11 +107,16 @@ def plain_value(value: JsonValue, path: str = "") -> JsonValue:
         ValidationError: NUL, lone surrogates, NaN, Infinity, numbers beyond a double, repeated members, nesting over 64
             levels, or Python objects that have no JSON form; every one of them, by path.
     """
-    faults: list[Fault] = []
-    result = _plain(value, path, 1, faults)
+    result, faults = judged_value(value, path)
     if faults:
         raise ValidationError(faults)
     return result
+
+
+def judged_value(value: JsonValue, path: str = "") -> tuple[JsonValue, list[Fault]]:
+    """`plain_value` with its faults beside the result, in which something harmless stands where a fault was."""
+    faults: list[Fault] = []
+    return _plain(value, path, 1, faults), faults
 
 
 def dumps(value: JsonValue) -> str:

@@ -14,9 +14,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from external_agents.domain.errors import Fault
 from external_agents.domain.json_values import JsonValue
-from external_agents.domain.schema import Schema
 
 BUCKETS = 51
 LIMIT_MAX = 1_000_000_000
@@ -53,13 +51,6 @@ RATE_LIMIT_CONFIG_SCHEMA = {
     "additionalProperties": False,
     "examples": [{"requests_per_minute": 60, "requests_per_day": 5000}],
 }
-
-_schema = Schema(RATE_LIMIT_CONFIG_SCHEMA)
-
-
-def rate_limit_faults(config: JsonValue, path: str = "rate_limit_config") -> list[Fault]:
-    """Every fault of a rate_limit_config."""
-    return _schema.faults(config, path)
 
 
 def limits_of(config: Mapping[str, JsonValue] | None) -> dict[Window, int]:

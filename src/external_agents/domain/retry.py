@@ -17,10 +17,9 @@ RETRIED_ERRORS = frozenset({ErrorCode.CONNECTION_FAILED, ErrorCode.TIMEOUT})
 
 def is_retried(outcome: Outcome) -> bool:
     """Whether trying again could end differently. An answer that was refused, or a redirect, would only come again."""
-    if outcome.error in RETRIED_ERRORS:
+    if outcome.error in RETRIED_ERRORS or outcome.passing:
         return True
-    may_pass = outcome.error in {ErrorCode.HTTP_STATUS, ErrorCode.AGENT_AUTH_FAILED}
-    return may_pass and outcome.status in RETRIED_STATUSES
+    return outcome.error is ErrorCode.HTTP_STATUS and outcome.status in RETRIED_STATUSES
 
 
 def backoff_s(attempt: int, jitter: float) -> float:

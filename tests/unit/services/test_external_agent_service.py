@@ -26,6 +26,7 @@ from external_agents import (
 from external_agents.adapters.memory import MemoryStore, memory_service
 from external_agents.domain.auth import ClientCredentials, FixedHeaders
 from external_agents.domain.ids import created_at_of
+from external_agents.domain.json_values import decode
 from external_agents.testing.builders import ALL_PERMISSIONS, costing, new_id
 from external_agents.testing.fakes import FakeClock, Gate, RecordingObservability, ScriptedTransport, SequentialIds
 
@@ -413,10 +414,21 @@ class TestCreate:
             "version",
         }
 
+    async def test_faults_of_every_kind_stand_in_one_answer(
+        self, service: ExternalAgentService, alice: Principal
+    ) -> None:
+        body = b'{"name": "a\\u0000", "name": "b\\u0000", "timeout_s": 99, "foo": 1}'
+        with pytest.raises(ValidationError) as raised:
+            await service.create_agent(alice, decode(body))
+        assert {"name", "timeout_s", "foo", "provider", "auth_config"} <= {fault.path for fault in raised.value.errors}
+        messages = {fault.message for fault in raised.value.errors if fault.path == "name"}
+        assert messages == {"is given more than once", "contains NUL, which cannot be stored"}
+
     async def test_what_is_required(self, service: ExternalAgentService, alice: Principal) -> None:
         with pytest.raises(ValidationError) as raised:
             await service.create_agent(alice, {})
-        assert faults_of(raised) == dict.fromkeys(("name", "provider", "webhook_url", "auth_type"), "is required")
+        required = ("name", "provider", "webhook_url", "auth_type", "auth_config", "platform_config")
+        assert faults_of(raised) == dict.fromkeys(required, "is required")
         with pytest.raises(ValidationError) as raised:
             await service.create_agent(alice, document(auth_type="bearer", provider="slack"))
         assert faults_of(raised) == dict.fromkeys(("auth_config", "platform_config"), "is required")
@@ -472,6 +484,17 @@ class TestCreate:
 
 
 class TestUpdate:
+    async def test_faults_of_a_patch_stand_in_one_answer(self, service: ExternalAgentService, alice: Principal) -> None:
+        agent = await service.create_agent(alice, document())
+        with pytest.raises(ValidationError) as raised:
+            await service.update_agent(alice, agent.id, {"foo": 1, "name": "", "timeout_s": 99, "provider": "teams"})
+        assert faults_of(raised) == {
+            "foo": "is not a known field",
+            "name": "must not be empty",
+            "provider": "cannot be changed",
+            "timeout_s": "must be at most 30",
+        }
+
     async def test_a_patch_changes_what_it_names(
         self, service: ExternalAgentService, alice: Principal, clock: FakeClock
     ) -> None:

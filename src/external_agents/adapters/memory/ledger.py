@@ -131,24 +131,20 @@ class MemoryLedger(InvocationLedger):
     def _end(self, ended: ExternalAgentInvocation) -> None:
         invocations = self._store.invocations_of(ended.org_id)
         reservation = invocations[ended.id].reservation
-        self._book(ended, reservation, released=reservation)
-        self._book(ended, ended.cost, charged=ended.cost)
+        if reservation is not None:
+            self._book(ended, reservation.currency, released=reservation.amount)
+        if ended.cost is not None:
+            self._book(ended, ended.cost.currency, charged=ended.cost.amount)
         invocations[ended.id] = ended
         del self._store.running[ended.org_id, ended.id]
 
     def _book(
         self,
         ended: ExternalAgentInvocation,
-        money: Money | None,
+        currency: str,
         *,
-        released: Money | None = None,
-        charged: Money | None = None,
+        released: Decimal = Decimal(0),
+        charged: Decimal = Decimal(0),
     ) -> None:
-        if money is None:
-            return
-        agent = (ended.org_id, ended.external_agent_id)
-        key = (agent, money.currency, budget_month(ended.created_at))
-        account = self._store.accounts.get(key, BudgetAccount())
-        self._store.accounts[key] = account.settle(
-            released.amount if released else Decimal(0), charged.amount if charged else Decimal(0)
-        )
+        key = ((ended.org_id, ended.external_agent_id), currency, budget_month(ended.created_at))
+        self._store.accounts[key] = self._store.accounts.get(key, BudgetAccount()).settle(released, charged)

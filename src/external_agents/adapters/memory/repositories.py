@@ -42,7 +42,7 @@ class MemoryAgentReader(AgentReader):
         return self._matching(query, text)[offset : offset + limit]
 
     def _matching(self, query: AgentQuery, text: str) -> Sequence[ExternalAgent]:
-        wanted = text.lower()
+        wanted = text.casefold()
         found = (
             agent
             for agent in self._store.agents.values()
@@ -50,7 +50,7 @@ class MemoryAgentReader(AgentReader):
             and (agent.status is query.status if query.status else not agent.is_deleted)
             and query.provider in {None, agent.provider}
             and (query.tag is None or query.tag in agent.tags)
-            and (wanted in agent.name.lower() or wanted in agent.description.lower())
+            and (wanted in agent.name.casefold() or wanted in agent.description.casefold())
         )
         return sorted(found, key=lambda agent: agent.id, reverse=True)
 

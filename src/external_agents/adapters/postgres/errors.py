@@ -46,7 +46,7 @@ def translate_errors() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise Unavailable(WHAT) from error
+        raise Unavailable("The service, which has too much to do,", retry_after_s=1) from error
     except DBAPIError as error:
         translated = _translated(error.orig)
         if translated is None:

@@ -21,6 +21,7 @@ from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.instances import Instance, LeaseLost, dead_instances
 from external_agents.adapters.postgres.rows import invocation_values
 from external_agents.adapters.postgres.tables import invocations
+from external_agents.adapters.postgres.turnstile import Turnstile
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
@@ -34,12 +35,16 @@ class PostgresLedger(InvocationLedger):
     Args:
         engine: The ledger does not own it.
         instance_id: Of this process since its start; a new one for each start.
+        endings: Other connections, for settlements, heartbeats and recovery, so that what has begun does not wait
+            behind what wants to begin; `engine` by default.
     """
 
-    def __init__(self, engine: AsyncEngine, instance_id: UUID) -> None:
+    def __init__(self, engine: AsyncEngine, instance_id: UUID, *, endings: AsyncEngine | None = None) -> None:
         self._engine = engine
+        self._endings = endings or engine
         self._reading = reading(engine)
-        self._instance = Instance(engine, instance_id)
+        self._instance = Instance(self._endings, instance_id)
+        self._turnstile = Turnstile()
         self._doubtful: dict[UUID, tuple[str, float]] = {}
 
     async def admit(self, request: AdmissionRequest) -> Admission:
@@ -55,7 +60,8 @@ class PostgresLedger(InvocationLedger):
         admitted = None
         try:
             await self._instance.enter(invocation_id)
-            async with self._transaction() as connection:
+            turn = self._turnstile.turn((request.org_id, request.agent_id))
+            async with turn, _transaction(self._engine) as connection:
                 admitted = await admission.admit(connection, request, self._instance.id)
         except BaseException:
             if admitted is None:
@@ -67,14 +73,14 @@ class PostgresLedger(InvocationLedger):
         return admitted
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
-        async with self._transaction() as connection:
+        async with _transaction(self._endings) as connection:
             stored = await settlement.settle(connection, finished)
         self._instance.leave(finished.id)
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
         values = invocation_values(attrs.evolve(finished, created_at=created_at_of(finished.id)))
-        async with self._transaction() as connection:
+        async with _transaction(self._endings) as connection:
             await connection.execute(insert(invocations).values(values))
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
@@ -87,11 +93,11 @@ class PostgresLedger(InvocationLedger):
 
     async def recover(self) -> int:
         ended = await self._end_doubtful()
-        async with self._transaction() as connection:
+        async with _transaction(self._endings) as connection:
             dead = await dead_instances(connection, self._instance.id)
         for instance_id, now in dead:
             while True:
-                async with self._transaction() as connection:
+                async with _transaction(self._endings) as connection:
                     batch = await settlement.recover_instance(connection, instance_id, now)
                 ended += batch
                 if batch < settlement.RECOVERED_AT_ONCE:
@@ -113,7 +119,7 @@ class PostgresLedger(InvocationLedger):
         """End what `admit` may have recorded although it did not return; nobody is going to carry it out."""
         ended = 0
         for invocation_id, (org_id, until_s) in list(self._doubtful.items()):
-            async with self._transaction() as connection:
+            async with _transaction(self._endings) as connection:
                 now = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
                 found = await settlement.interrupt(
                     connection,
@@ -128,8 +134,9 @@ class PostgresLedger(InvocationLedger):
             ended += found
         return ended
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                yield connection
+
+@asynccontextmanager
+async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    with translate_errors():
+        async with engine.begin() as connection:
+            yield connection

@@ -26,9 +26,10 @@ is still sending.
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _MEDIA_TYPE = re.compile(
-    rf'application/(?:json|{_TOKEN}\+json)\s*(?P<parameters>(?:;\s*(?:{_TOKEN}=(?:{_TOKEN}|"[^"]*"))?\s*)*)',
+    rf'application/(?:json|{_TOKEN}\+json)\s*+(?P<parameters>(?:;\s*+(?:{_TOKEN}=(?:{_TOKEN}|"[^"]*+"))?+\s*+)*+)',
     re.IGNORECASE,
 )
+"""Possessive: a hostile value must not be split in exponentially many ways."""
 _CHARSET = re.compile(rf';\s*charset="?(?P<charset>{_TOKEN})', re.IGNORECASE)
 
 

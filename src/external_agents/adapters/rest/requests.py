@@ -43,7 +43,7 @@ async def payload_of(req: Request) -> JsonText:
 
 def lineage_hop_id_of(req: Request) -> str | None:
     values = list(field_values(req.scope, b"x-lineage-hop-id"))
-    return _text(b", ".join(values)) if values else None
+    return _text(b", ".join(values)) or None
 
 
 def has_version(req: Request, version: int) -> bool:

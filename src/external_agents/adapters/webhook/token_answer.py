@@ -72,18 +72,18 @@ def failure_of(outcome: Outcome) -> Outcome:
 def _refusal(answer: Answer, now: datetime) -> Unanswered:
     reason = _fields(answer).get("error")
     told = f" ({reason})" if isinstance(reason, str) and reason in _REASONS else ""
-    # The status decides whether another attempt may help; any other one would be taken for the agent's.
+    # The status itself is not told: it would be taken for the agent's.
     passing = answer.status in RETRIED_STATUSES
     return _failure(
         f"The token endpoint answered {answer.status}{told}.",
-        status=answer.status if passing else None,
+        passing=passing,
         retry_after_s=retry_after_s(answer.fields, now) if passing else None,
     )
 
 
-def _failure(message: str, *, status: int | None = None, retry_after_s: float | None = None) -> Unanswered:
+def _failure(message: str, *, passing: bool = False, retry_after_s: float | None = None) -> Unanswered:
     return Unanswered(
-        Outcome(error=ErrorCode.AGENT_AUTH_FAILED, status=status, message=message, retry_after_s=retry_after_s)
+        Outcome(error=ErrorCode.AGENT_AUTH_FAILED, message=message, passing=passing, retry_after_s=retry_after_s)
     )
 
 
