@@ -162,7 +162,7 @@ def test_a_faulty_document_is_one_line_for_each_fault(serve: Serve) -> None:
     done = run("agents", "create", "--org", "dev", '{"name": "", "provider": "teams"}', home=serve.home)
     assert (done.returncode, done.stdout) == (1, "")
     paths = {line.split(": ")[1] for line in done.stderr.splitlines()}
-    assert paths == {"name", "webhook_url", "auth_type", "platform_config"}
+    assert paths == {"name", "webhook_url", "auth_type", "auth_config", "platform_config"}
 
 
 @beside

@@ -22,6 +22,12 @@ UNKNOWN_ID = "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13"
 SECRET_KEYS = "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 
 
+@pytest.fixture(autouse=True)
+def no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs in this process must not get as far as a HOME: this one cannot even be made."""
+    monkeypatch.setenv("EXTERNAL_AGENTS_HOME", "/proc/nonexistent")
+
+
 @pytest.fixture
 def home() -> Iterator[Path]:
     with home_folder() as folder:
@@ -80,7 +86,7 @@ def test_wrong_usage_is_one_line_and_exit_2(
     assert line.endswith("--help"), "it says where to read on"
 
 
-@pytest.mark.parametrize("document", ["{", "nonsense", '{"a": NaN}', '{"a": 1, "a": 2}', "@/nonexistent", "{} {}"])
+@pytest.mark.parametrize("document", ["{", "nonsense", "[" * 9_999, "@/nonexistent", "{} {}"])
 def test_a_document_that_is_none_is_one_line_and_exit_1(document: str, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["agents", "create", "--org", "acme"], ["agents", "update", UNKNOWN_ID, "--org", "acme"]):
         assert run_here([*command, document]) == 1

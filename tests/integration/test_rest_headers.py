@@ -183,13 +183,13 @@ class TestTraces:
     async def test_lineage(self, api: Api) -> None:
         agent = await api.create()
         assert (await api.invoke(agent)).json()["lineage_hop_id"] is None
+        assert (await api.invoke(agent, headers={"X-Lineage-Hop-Id": ""})).json()["lineage_hop_id"] is None
         for value in ("hop-1", "x" * 200, "ключ", "ü" * 200):
             headers = [("X-Lineage-Hop-Id", value.encode())]
             assert (await api.invoke(agent, headers=headers)).json()["lineage_hop_id"] == value
         assert (await api.invoke(agent, headers=[("X-Lineage-Hop-Id", b"\xfc")])).json()["lineage_hop_id"] == "ü"
         calls = len(api.transport.requests)
-        for value in ("", "x" * 201):
-            assert paths_of(await api.invoke(agent, headers={"X-Lineage-Hop-Id": value})) == ["X-Lineage-Hop-Id"]
+        assert paths_of(await api.invoke(agent, headers={"X-Lineage-Hop-Id": "x" * 201})) == ["lineage_hop_id"]
         assert len(api.transport.requests) == calls
 
 

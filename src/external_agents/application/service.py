@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from datetime import datetime
-from itertools import count
 from typing import TypeAlias
 from uuid import UUID
 
@@ -23,13 +22,13 @@ from external_agents.application.parameters import (
 )
 from external_agents.application.records import finished_call
 from external_agents.application.registration import Registrar
+from external_agents.application.visible_agents import VisibleAgents
 from external_agents.domain.access import Action, Principal
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.egress import UrlRules
 from external_agents.domain.errors import (
     AgentInactive,
-    AgentNotFound,
     Fault,
     StaleVersion,
     Unavailable,
@@ -57,8 +56,8 @@ DRAIN_S = 135.0
 
 _TRACE_ID = re.compile(TRACE_ID_PATTERN)
 _RACES_MAX = 10
-_JUDGED_AT_ONCE = 500
 
+AgentId: TypeAlias = UUID | str
 Versions: TypeAlias = Collection[int]
 
 
@@ -94,7 +93,6 @@ class ExternalAgentService:
         catalog: Catalog = BUILT_IN,
     ) -> None:
         self.catalog = catalog
-        self._reader = agent_reader
         self._writer = agent_writer
         self._invocations = invocation_reader
         self._ledger = ledger
@@ -102,6 +100,7 @@ class ExternalAgentService:
         self._ids = ids
         self._witness = Witness(observability)
         self._access = AccessControl(policy, clock, self._witness)
+        self._agents = VisibleAgents(agent_reader, self._access)
         self._registrar = Registrar(catalog, url_rules, secret_box)
         self._tasks = TaskKeeper()
         self._pipeline = InvocationPipeline(
@@ -157,12 +156,12 @@ class ExternalAgentService:
         await self._writer.create(agent)
         return agent
 
-    async def get_agent(self, principal: Principal, agent_id: UUID) -> ExternalAgent:
+    async def get_agent(self, principal: Principal, agent_id: AgentId) -> ExternalAgent:
         """
         Raises:
             AgentNotFound: There is none, or it is deleted.
         """
-        return await self._permitted_agent(principal, Action.READ, agent_id)
+        return await self._agents.one(principal, Action.READ, agent_id)
 
     async def list_agents(
         self,
@@ -198,17 +197,11 @@ class ExternalAgentService:
         )
         text = read.text("q", q)
         read.finish()
-        offset = (number - 1) * size
-        if self._access.judges_lists_by_agent:
-            permitted = await self._permitted_agents(principal, query, text)
-            items, total = permitted[offset : offset + size], len(permitted)
-        else:
-            items = await self._matching(query, text, offset=offset, limit=size)
-            total = await self._reader.count(query, text=text)
+        items, total = await self._agents.page(principal, query, text, offset=(number - 1) * size, limit=size)
         return AgentPage(items=items, page=number, limit=size, total=total)
 
     async def update_agent(
-        self, principal: Principal, agent_id: UUID, patch: JsonValue, *, if_version: Versions | None = None
+        self, principal: Principal, agent_id: AgentId, patch: JsonValue, *, if_version: Versions | None = None
     ) -> ExternalAgent:
         """
         Change an agent by a JSON merge patch (RFC 7396).
@@ -222,7 +215,7 @@ class ExternalAgentService:
             ValidationError: Every fault of the patch and of the merged whole.
         """
         for _ in range(_RACES_MAX):
-            agent = await self._permitted_agent(principal, Action.UPDATE, agent_id)
+            agent = await self._agents.one(principal, Action.UPDATE, agent_id)
             _require_version(agent, if_version)
             amended = self._registrar.amend(agent, patch, by=principal.subject, at=self._clock.now())
             try:
@@ -232,7 +225,9 @@ class ExternalAgentService:
             return amended
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
-    async def delete_agent(self, principal: Principal, agent_id: UUID, *, if_version: Versions | None = None) -> None:
+    async def delete_agent(
+        self, principal: Principal, agent_id: AgentId, *, if_version: Versions | None = None
+    ) -> None:
         """
         Mark an agent as deleted; its record and its invocations stay, its secrets go.
 
@@ -241,7 +236,7 @@ class ExternalAgentService:
             StaleVersion: Its version is none of `if_version`.
         """
         for _ in range(_RACES_MAX):
-            agent = await self._permitted_agent(principal, Action.DELETE, agent_id)
+            agent = await self._agents.one(principal, Action.DELETE, agent_id)
             _require_version(agent, if_version)
             try:
                 await self._writer.delete(agent.deleted(by=principal.subject, at=self._clock.now()))
@@ -253,7 +248,7 @@ class ExternalAgentService:
     async def invoke_agent(
         self,
         principal: Principal,
-        agent_id: UUID,
+        agent_id: AgentId,
         payload: JsonValue | JsonText,
         *,
         trace_id: str | None = None,
@@ -287,7 +282,7 @@ class ExternalAgentService:
     async def invoke(
         self,
         principal: Principal,
-        agent_id: UUID,
+        agent_id: AgentId,
         payload: JsonValue | JsonText,
         *,
         trace_id: str | None = None,
@@ -296,7 +291,7 @@ class ExternalAgentService:
         """`invoke_agent`, with what is left of the limits."""
         trace_id = trace_id or self._ids.new_trace_id()
         for _ in range(_RACES_MAX):
-            agent = await self._permitted_agent(principal, Action.INVOKE, agent_id)
+            agent = await self._agents.one(principal, Action.INVOKE, agent_id)
             request = self._admission_request(principal, agent, payload, trace_id, lineage_hop_id)
             credentials = self._registrar.credentials(agent)
             assignment = Assignment(principal=principal, agent=agent, credentials=credentials, request=request)
@@ -306,27 +301,29 @@ class ExternalAgentService:
                 continue
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
-    async def check_rate_limit(self, principal: Principal, agent_id: UUID) -> bool:
+    async def check_rate_limit(self, principal: Principal, agent_id: AgentId) -> bool:
         """
         Whether the rate limits would admit an invocation now. Takes no place.
 
         Raises:
             AgentNotFound: There is none, or it is deleted.
         """
-        await self._permitted_agent(principal, Action.INVOKE, agent_id)
-        return not (await self._ledger.forecast(principal.org_id, agent_id)).rate_limited
+        agent = await self._agents.one(principal, Action.INVOKE, agent_id)
+        return not (await self._ledger.forecast(principal.org_id, agent.id)).rate_limited
 
-    async def check_budget(self, principal: Principal, agent_id: UUID) -> bool:
+    async def check_budget(self, principal: Principal, agent_id: AgentId) -> bool:
         """
         Whether the budget would cover an invocation now. Reserves nothing.
 
         Raises:
             AgentNotFound: There is none, or it is deleted.
         """
-        await self._permitted_agent(principal, Action.INVOKE, agent_id)
-        return not (await self._ledger.forecast(principal.org_id, agent_id)).over_budget
+        agent = await self._agents.one(principal, Action.INVOKE, agent_id)
+        return not (await self._ledger.forecast(principal.org_id, agent.id)).over_budget
 
-    async def log_invocation(self, principal: Principal, agent_id: UUID, record: JsonValue) -> ExternalAgentInvocation:
+    async def log_invocation(
+        self, principal: Principal, agent_id: AgentId, record: JsonValue
+    ) -> ExternalAgentInvocation:
         """
         Store a finished call that the host made itself. It takes no place in the limits and is charged nothing.
 
@@ -338,7 +335,7 @@ class ExternalAgentService:
             AgentNotFound: There is none, or it is deleted.
             ValidationError: Every fault of the record.
         """
-        agent = await self._permitted_agent(principal, Action.INVOKE, agent_id)
+        agent = await self._agents.one(principal, Action.INVOKE, agent_id)
         invocation = finished_call(
             record,
             agent=agent,
@@ -353,7 +350,7 @@ class ExternalAgentService:
     async def list_invocations(
         self,
         principal: Principal,
-        agent_id: UUID | None = None,
+        agent_id: AgentId | None = None,
         *,
         status: str | None = None,
         since: datetime | str | None = None,
@@ -375,69 +372,36 @@ class ExternalAgentService:
             AgentNotFound: There is no such agent.
             ValidationError: A parameter is unknown or out of range.
         """
-        agent_ids: frozenset[UUID] | None = None
-        if agent_id is not None:
-            await self._access.require(principal, Action.READ, await self._reader.read(principal.org_id, agent_id))
-            agent_ids = frozenset({agent_id})
-        else:
-            await self._access.require(principal, Action.READ)
+        agent = None if agent_id is None else await self._agents.one_with_history(agent_id, principal.org_id)
+        await self._access.require(principal, Action.READ, agent)
         read = ParameterReader(unknown)
         size = read.whole("limit", limit, maximum=LIMIT_MAX)
         query = InvocationQuery(
             org_id=principal.org_id,
-            agent_ids=agent_ids,
             status=read.choice("status", status, InvocationStatus),
             since=read.moment("since", since),
             until=read.moment("until", until),
             before_id=read.cursor("cursor", cursor),
         )
         read.finish()
-        if agent_id is None and self._access.judges_lists_by_agent:
-            query = attrs.evolve(query, agent_ids=await self._readable_agent_ids(principal))
+        agent_ids = frozenset({agent.id}) if agent else await self._agents.readable_ids(principal)
+        query = attrs.evolve(query, agent_ids=agent_ids)
         found = list(await self._invocations.list(query, limit=size + 1))
         more = len(found) > size
         return InvocationPage(items=found[:size], next_cursor=cursor_of(found[size - 1]) if more else None)
 
     async def get_invocation(
-        self, principal: Principal, agent_id: UUID, invocation_id: UUID
+        self, principal: Principal, agent_id: AgentId, invocation_id: UUID
     ) -> ExternalAgentInvocation:
         """
         Raises:
             AgentNotFound: There is no such agent; a deleted one is still there for this.
             InvocationNotFound: The agent has no such invocation.
         """
-        agent = await self._reader.read(principal.org_id, agent_id)
-        invocation = await self._invocations.read(principal.org_id, agent_id, invocation_id)
+        agent = await self._agents.one_with_history(agent_id, principal.org_id)
+        invocation = await self._invocations.read(principal.org_id, agent.id, invocation_id)
         await self._access.require(principal, Action.READ, agent)
         return invocation
-
-    async def _permitted_agent(self, principal: Principal, action: Action, agent_id: UUID) -> ExternalAgent:
-        agent = await self._reader.read(principal.org_id, agent_id)
-        if agent.is_deleted:
-            raise AgentNotFound
-        await self._access.require(principal, action, agent)
-        return agent
-
-    async def _matching(self, query: AgentQuery, text: str | None, *, offset: int, limit: int) -> list[ExternalAgent]:
-        if text:
-            return list(await self._reader.search(query, text, offset=offset, limit=limit))
-        return list(await self._reader.list(query, offset=offset, limit=limit))
-
-    async def _permitted_agents(self, principal: Principal, query: AgentQuery, text: str | None) -> list[ExternalAgent]:
-        permitted: list[ExternalAgent] = []
-        for offset in count(0, _JUDGED_AT_ONCE):
-            agents = await self._matching(query, text, offset=offset, limit=_JUDGED_AT_ONCE)
-            permitted += await self._access.permitted(principal, Action.READ, agents)
-            if len(agents) < _JUDGED_AT_ONCE:
-                break
-        return permitted
-
-    async def _readable_agent_ids(self, principal: Principal) -> frozenset[UUID]:
-        readable: set[UUID] = set()
-        for status in (None, AgentStatus.DELETED):
-            query = AgentQuery(org_id=principal.org_id, status=status)
-            readable |= {agent.id for agent in await self._permitted_agents(principal, query, None)}
-        return frozenset(readable)
 
     def _admission_request(
         self,
@@ -448,8 +412,8 @@ class ExternalAgentService:
         lineage_hop_id: str | None,
     ) -> AdmissionRequest:
         if lineage_hop_id is not None and not 1 <= len(lineage_hop_id) <= LINEAGE_HOP_ID_MAX:
-            raise ValidationError([Fault("X-Lineage-Hop-Id", f"must have 1 to {LINEAGE_HOP_ID_MAX} characters")])
-        plain_value(lineage_hop_id, "X-Lineage-Hop-Id")
+            raise ValidationError([Fault("lineage_hop_id", f"must have 1 to {LINEAGE_HOP_ID_MAX} characters")])
+        plain_value(lineage_hop_id, "lineage_hop_id")
         if not _TRACE_ID.fullmatch(trace_id):
             raise ValidationError([Fault("trace_id", "must be 32 lower-case hex digits, not all zero")])
         request = payload if isinstance(payload, JsonText) else JsonText.of(payload)

@@ -10,6 +10,7 @@ import typer
 
 from external_agents.cli.context import JsonOption, OrgOption, parse_id, with_installation
 from external_agents.cli.output import note, show_json, show_table
+from external_agents.domain.access import PERMISSIONS
 from external_agents.domain.errors import NotFound
 from external_agents.domain.json_values import JsonValue
 from external_agents.ports.identity import ApiKey
@@ -17,7 +18,7 @@ from external_agents.ports.identity import ApiKey
 app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-_DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
+_DURATION = re.compile(r"(0*[1-9]\d{0,8})([smhd])", re.ASCII)
 
 
 class KeyNotFound(NotFound):
@@ -46,6 +47,9 @@ def create(
 
     Example: external-agents keys create --org acme --subject ci --permission invoke:external_agent --expires-in 90d
     """
+    if unknown := set(permission or ()).difference(PERMISSIONS):
+        known = ", ".join(PERMISSIONS)
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {known}", param_hint="--permission")
     attributes, lifetime = _attributes(attribute or []), _duration(expires_in)
     text, key = with_installation(
         lambda installation: installation.api_keys.issue(org, subject, permission or None, attributes, lifetime)

@@ -23,8 +23,8 @@ def note(line: str) -> None:
 
 
 def show_json(value: JsonValue) -> None:
-    """One JSON document, on one line."""
-    print(orjson.dumps(value).decode())
+    """One JSON document, on one line: line ends that payloads brought along are white space between tokens."""
+    print(orjson.dumps(value).decode().replace("\r", " ").replace("\n", " "))
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
