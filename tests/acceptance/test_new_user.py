@@ -209,7 +209,7 @@ def test_the_readme_as_a_library(home: Path) -> None:
     indented = "".join(f"    {line}" for line in snippet.splitlines(keepends=True))
     with agent_in_thread(Reply(body=b'{"answer": "hello to you"}')) as agent:
         assert "https://agent.example.com/" in indented
-        real = indented.replace("https://agent.example.com/", agent.url).replace('"…"', '"s3cret"')
+        real = indented.replace("https://agent.example.com/", agent.url)
         script = f"import asyncio\n\nasync def main():\n{real}"
         done = subprocess.run(
             [sys.executable, "-c", f"{script}\nasyncio.run(main())\n"],
