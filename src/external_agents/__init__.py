@@ -16,10 +16,8 @@ from external_agents.domain.budget import BudgetConfig, Money
 from external_agents.domain.catalog import Catalog
 from external_agents.domain.egress import EgressPolicy
 from external_agents.domain.errors import (
-    AdmissionRefused,
     AgentInactive,
     AgentNotFound,
-    BudgetExceeded,
     ConfigurationError,
     ExternalAgentsError,
     Fault,
@@ -28,7 +26,6 @@ from external_agents.domain.errors import (
     MalformedJson,
     NotFound,
     PermissionDenied,
-    RateLimited,
     SecretUnreadable,
     StaleVersion,
     Unauthenticated,
@@ -39,6 +36,7 @@ from external_agents.domain.invocation import Attempt, ErrorCode, ExternalAgentI
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.platform import Platform
 from external_agents.domain.rate_limit import Quota, RateQuotas, Window
+from external_agents.domain.refusals import AdmissionRefused, BudgetExceeded, RateLimited
 
 __all__ = [
     "AccessRequest",

@@ -21,14 +21,10 @@ from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.domain.budget import BudgetAccount
-from external_agents.domain.errors import (
-    AdmissionRefused,
-    InvocationNotFound,
-    StaleVersion,
-    Unavailable,
-)
+from external_agents.domain.errors import InvocationNotFound, StaleVersion, Unavailable
 from external_agents.domain.invocation import ErrorCode, InvocationStatus
 from external_agents.domain.json_values import JsonText
+from external_agents.domain.refusals import AdmissionRefused
 from external_agents.ports.ledger import LEASE_S, Admission
 from external_agents.ports.repositories import InvocationQuery
 from external_agents.testing.builders import (

@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from external_agents.adapters.memory import MemoryAgentWriter, MemoryLedger, MemoryStore
 from external_agents.domain.budget import BudgetAccount, BudgetConfig, Money, parse_amount, reported_cost
-from external_agents.domain.errors import BudgetExceeded
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.json_values import JsonText, dumps
+from external_agents.domain.refusals import BudgetExceeded
 from external_agents.ports.ledger import LEASE_S
 from external_agents.testing.builders import (
     conclude,

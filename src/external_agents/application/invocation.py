@@ -13,9 +13,10 @@ from external_agents.application.access import Witness
 from external_agents.domain.access import Principal
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.auth import Credentials
-from external_agents.domain.errors import AdmissionRefused, ExternalAgentsError, Unavailable
+from external_agents.domain.errors import ExternalAgentsError, Unavailable
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
 from external_agents.domain.rate_limit import RateQuotas
+from external_agents.domain.refusals import AdmissionRefused
 from external_agents.domain.retry import attempt_timeout_s, next_delay_s
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
 from external_agents.ports.observability import InvocationRecord

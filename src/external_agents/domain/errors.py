@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 from uuid import UUID
 
 import attrs
-
-if TYPE_CHECKING:
-    from external_agents.domain.rate_limit import RateQuotas
 
 
 class ExternalAgentsError(Exception):
@@ -92,29 +89,6 @@ class AgentInactive(ExternalAgentsError):
 
     def __init__(self) -> None:
         super().__init__("The agent is inactive.")
-
-
-class AdmissionRefused(ExternalAgentsError):
-    """A limit stands against this invocation; nothing was recorded and nothing was sent."""
-
-    def __init__(self, message: str, quotas: RateQuotas) -> None:
-        super().__init__(message)
-        self.quotas = quotas
-
-
-class RateLimited(AdmissionRefused):
-    """Too many invocations in a window. The next one would be admitted after `retry_after_s` seconds."""
-
-    def __init__(self, window: str, retry_after_s: int, quotas: RateQuotas) -> None:
-        super().__init__(f"The limit of invocations per {window} is reached.", quotas)
-        self.retry_after_s = retry_after_s
-
-
-class BudgetExceeded(AdmissionRefused):
-    """Spent plus reserved would pass the monthly cap. Raise the cap, or wait for settlements or the next month."""
-
-    def __init__(self, quotas: RateQuotas) -> None:
-        super().__init__("The agent's monthly budget does not cover another invocation.", quotas)
 
 
 class Unavailable(ExternalAgentsError):

@@ -13,19 +13,12 @@ import pytest
 
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.budget import BudgetAccount, Money, budget_month
-from external_agents.domain.errors import (
-    AdmissionRefused,
-    AgentInactive,
-    AgentNotFound,
-    BudgetExceeded,
-    ExternalAgentsError,
-    RateLimited,
-    StaleVersion,
-)
+from external_agents.domain.errors import AgentInactive, AgentNotFound, ExternalAgentsError, StaleVersion
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.rate_limit import Window
+from external_agents.domain.refusals import AdmissionRefused, BudgetExceeded, RateLimited
 from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
 from external_agents.ports.repositories import InvocationQuery
 from external_agents.testing.builders import (

@@ -9,9 +9,9 @@ import attrs
 import pytest
 
 from external_agents.domain.budget import BudgetAccount
-from external_agents.domain.errors import RateLimited
 from external_agents.domain.invocation import ErrorCode, ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.rate_limit import Window
+from external_agents.domain.refusals import RateLimited
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, InvocationLedger
 from external_agents.testing.builders import conclude, costing, make_finished_call, timed_out
 from external_agents.testing.ledger import balanced, request_at, stored_agent

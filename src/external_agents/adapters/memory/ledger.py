@@ -10,17 +10,11 @@ import attrs
 from external_agents.adapters.memory.store import MemoryStore
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.budget import BudgetAccount, Money, budget_month
-from external_agents.domain.errors import (
-    AgentInactive,
-    AgentNotFound,
-    BudgetExceeded,
-    InvocationNotFound,
-    RateLimited,
-    StaleVersion,
-)
+from external_agents.domain.errors import AgentInactive, AgentNotFound, InvocationNotFound, StaleVersion
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.rate_limit import RateWindows
+from external_agents.domain.refusals import BudgetExceeded, RateLimited
 from external_agents.ports.ledger import LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 from external_agents.ports.system import Clock
 

@@ -23,16 +23,11 @@ from external_agents.adapters.postgres.rows import (
 from external_agents.adapters.postgres.tables import budgets, invocations, rate_windows
 from external_agents.domain.agent import AgentStatus
 from external_agents.domain.budget import DEFAULT_CURRENCY, BudgetAccount, BudgetConfig, Money, budget_month
-from external_agents.domain.errors import (
-    AgentInactive,
-    AgentNotFound,
-    BudgetExceeded,
-    RateLimited,
-    StaleVersion,
-)
+from external_agents.domain.errors import AgentInactive, AgentNotFound, StaleVersion
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.rate_limit import RateQuotas, RateWindows, Window, limits_of
+from external_agents.domain.refusals import BudgetExceeded, RateLimited
 from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast
 
 # The windows' lock is the agent's gate: admissions and changes of the agent pass one by one, first come, first served.

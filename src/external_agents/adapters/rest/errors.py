@@ -15,6 +15,7 @@ from external_agents.adapters.rest.incoming import Incoming, incoming_of
 from external_agents.adapters.rest.representations import Json, invocation_json, quota_headers
 from external_agents.application.invocation import Invoked
 from external_agents.domain import errors as library
+from external_agents.domain import refusals
 from external_agents.domain.invocation import ErrorCode
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -86,11 +87,11 @@ def _challenge(error: Exception, incoming: Incoming) -> Mapping[str, str]:
     return {"WWW-Authenticate": f'Bearer realm="external-agents"{reason}'}
 
 
-def _quotas(error: library.AdmissionRefused, incoming: Incoming) -> Mapping[str, str]:
+def _quotas(error: refusals.AdmissionRefused, incoming: Incoming) -> Mapping[str, str]:
     return quota_headers(error.quotas)
 
 
-def _quotas_and_wait(error: library.RateLimited, incoming: Incoming) -> Mapping[str, str]:
+def _quotas_and_wait(error: refusals.RateLimited, incoming: Incoming) -> Mapping[str, str]:
     return {"Retry-After": str(error.retry_after_s), **quota_headers(error.quotas)}
 
 
@@ -131,7 +132,7 @@ KINDS: Mapping[type[BaseException], Kind] = {
         "The credentials are missing, unknown, expired or revoked.",
         headers=_challenge,
     ),
-    library.BudgetExceeded: Kind(402, "budget-exceeded", "The budget is exhausted", headers=_quotas),
+    refusals.BudgetExceeded: Kind(402, "budget-exceeded", "The budget is exhausted", headers=_quotas),
     library.PermissionDenied: Kind(403, "not-permitted", "Not permitted"),
     library.NotFound: Kind(404, "not-found", "Not found"),
     falcon.HTTPRouteNotFound: Kind(404, "no-such-route", "Not found", "There is nothing at this path."),
@@ -145,7 +146,7 @@ KINDS: Mapping[type[BaseException], Kind] = {
     falcon.HTTPUnsupportedMediaType: Kind(
         415, "unsupported-media-type", "The body is not acceptable", headers=_own_headers
     ),
-    library.RateLimited: Kind(429, "rate-limited", "Too many invocations", headers=_quotas_and_wait),
+    refusals.RateLimited: Kind(429, "rate-limited", "Too many invocations", headers=_quotas_and_wait),
     Exception: _INTERNAL,
     library.ExternalAgentsError: _INTERNAL,
     falcon.HTTPError: _INTERNAL,

@@ -22,7 +22,7 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 
 _OWN_HANDLERS = ("gunicorn.error", "gunicorn.access")
 _TALKATIVE = ("aiohttp", "alembic", "httpcore", "httpx", "psycopg", "sqlalchemy")
-"""At info or debug they write URLs, headers or SQL with its parameters, and with them secrets and payloads; or noise."""
+"""At info or debug they write URLs, headers or SQL with its parameters, and with them secrets, payloads, noise."""
 
 
 def configure_logging(log_format: str | None = None, level: str = "info") -> None:
