@@ -54,6 +54,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def postgres15(session: nox.Session) -> None:
+    """The adapter's tests on the oldest PostgreSQL that is supported, where Debian's package has put it."""
+    session.install(".[serve]", *TESTS)
+    binaries = {"EXTERNAL_AGENTS_TEST_PG_BIN": "/usr/lib/postgresql/15/bin"}
+    files = sorted(map(str, Path("tests/integration").glob("test_postgres_*.py")))
+    session.run("pytest", "-n", "2", "tests/contracts/test_postgres.py", *files, *session.posargs, env=binaries)
+
+
+@nox.session(default=False)
 def lowest(session: nox.Session) -> None:
     """The tests with the lowest versions that pyproject.toml admits."""
     session.install("uv")
