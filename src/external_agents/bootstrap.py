@@ -105,6 +105,8 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
     ledger = PostgresLedger(engine, ids.new_id(), endings=endings)
+    store = PostgresApiKeys(engine)
+    authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
@@ -118,15 +120,15 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         url_rules=settings.egress_policy,
         clock=clock,
         ids=ids,
+        authenticator=authenticator,
         catalog=discover_catalog(),
     )
-    store = PostgresApiKeys(engine)
     upkeep = (partial(keep_up, ledger, clock), partial(_keep_partitions, engine))
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
         yield Installation(
             service=service,
-            authenticator=ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock),
+            authenticator=authenticator,
             api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
             engine=engine,
             key_ring=key_ring,
@@ -160,7 +162,6 @@ def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
         async with open_installation(chosen, _running_database_url(chosen)) as installation:
             yield create_app(
                 installation.service,
-                authenticator=installation.authenticator,
                 readiness=installation.readiness,
                 body_limit_bytes=chosen.max_body_bytes,
                 log_context=bound_contextvars,

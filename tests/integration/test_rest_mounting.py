@@ -11,8 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from external_agents.adapters.rest import LifespanApp
+from external_agents.adapters.memory import MemoryAuthenticator, memory_service
+from external_agents.adapters.rest import LifespanApp, create_app
+from external_agents.domain.access import PERMISSIONS, Principal
 from external_agents.domain.errors import ConfigurationError
+from external_agents.testing.fakes import ScriptedTransport
 from rest_api import AGENT, AGENTS, Api, is_problem
 
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
@@ -28,6 +31,21 @@ def mounted(app: App, prefix: str, *, strips: bool) -> App:
         await app(inner, receive, send)
 
     return host
+
+
+async def test_the_service_s_own_authenticator_is_the_default() -> None:
+    authenticator = MemoryAuthenticator()
+    key = authenticator.issue(Principal("acme", "tester", PERMISSIONS))
+    app = create_app(memory_service(ScriptedTransport(), authenticator=authenticator))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host.test") as client:
+        assert (await client.get(AGENTS)).status_code == 401
+        assert (await client.get(AGENTS, headers={"Authorization": f"Bearer {key}"})).status_code == 200
+        assert (await client.get("/readyz")).status_code == 200
+
+
+def test_without_anybody_who_recognises_callers_there_is_no_app() -> None:
+    with pytest.raises(ConfigurationError):
+        create_app(memory_service(ScriptedTransport()))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from external_agents.domain.errors import (
 )
 from external_agents.domain.invocation import TRACE_ID_PATTERN, ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText, JsonValue, plain_value
+from external_agents.ports.identity import Authenticator
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
 from external_agents.ports.observability import ObservabilityManager
 from external_agents.ports.policy import PolicyDecisionPoint
@@ -68,7 +69,8 @@ class ExternalAgentService:
     Every method takes the principal first and stays within its organisation; another organisation's agent does not
     exist. What is checked comes in this order: existence, permission, version, input, state, limits.
 
-    The constructor takes ports, by keyword. The service does not own them: whoever opened them closes them, after
+    The constructor takes ports, by keyword; the authenticator is for those who serve it, and hosts that know their
+    principals need none. The service does not own them: whoever opened them closes them, after
     `drain`.
 
     Raises:
@@ -90,8 +92,10 @@ class ExternalAgentService:
         url_rules: UrlRules,
         clock: Clock,
         ids: IdSource,
+        authenticator: Authenticator | None = None,
         catalog: Catalog = BUILT_IN,
     ) -> None:
+        self.authenticator = authenticator
         self.catalog = catalog
         self._writer = agent_writer
         self._invocations = invocation_reader

@@ -14,6 +14,7 @@ from external_agents.adapters.memory.transport import FunctionTransport
 from external_agents.application.service import ExternalAgentService
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.egress import EgressPolicy, UrlRules
+from external_agents.ports.identity import Authenticator
 from external_agents.ports.ledger import InvocationLedger
 from external_agents.ports.observability import ObservabilityManager
 from external_agents.ports.policy import PolicyDecisionPoint
@@ -50,6 +51,7 @@ def memory_service(
     url_rules: UrlRules | None = None,
     clock: Clock | None = None,
     ids: IdSource | None = None,
+    authenticator: Authenticator | None = None,
     catalog: Catalog = BUILT_IN,
 ) -> ExternalAgentService:
     """
@@ -72,5 +74,6 @@ def memory_service(
         url_rules=url_rules or EgressPolicy(),
         clock=clock,
         ids=ids or SystemIds(),
+        authenticator=authenticator,
         catalog=catalog,
     )

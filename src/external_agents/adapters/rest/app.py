@@ -14,11 +14,12 @@ from falcon.asgi import Request, Response
 from external_agents.adapters.rest.asgi import Receive, Scope, Send
 from external_agents.adapters.rest.docs import documentation_routes
 from external_agents.adapters.rest.errors import answer_error
-from external_agents.adapters.rest.health import Health, Readiness, Ready
+from external_agents.adapters.rest.health import Health, Readiness, Ready, always_ready
 from external_agents.adapters.rest.incoming import Incoming, incoming_of
 from external_agents.adapters.rest.openapi import openapi_document
 from external_agents.adapters.rest.resources import Resource, api_routes
 from external_agents.application.service import ExternalAgentService
+from external_agents.domain.errors import ConfigurationError
 from external_agents.ports.identity import Authenticator
 
 BODY_LIMIT_BYTES = 1_048_576
@@ -32,8 +33,8 @@ _NOT_ASCII = re.compile(rb"[^\x00-\x7f]")
 def create_app(
     service: ExternalAgentService,
     *,
-    authenticator: Authenticator,
-    readiness: Readiness,
+    authenticator: Authenticator | None = None,
+    readiness: Readiness = always_ready,
     body_limit_bytes: int = BODY_LIMIT_BYTES,
     log_context: LogContext = lambda **ids: nullcontext(),
 ) -> falcon.asgi.App[Request, Response]:
@@ -43,13 +44,17 @@ def create_app(
     The app opens and closes nothing: who opened the service drains and closes it, as `LifespanApp` can.
 
     Args:
+        authenticator: Who recognises callers; the service's own by default.
         readiness: What `/readyz` asks: each thing that the service stands on, and what is wrong with it, or None.
         body_limit_bytes: The largest body of a request.
         log_context: Entered around every request with its ids.
 
     Raises:
-        ConfigurationError: The files of the documentation page are not installed.
+        ConfigurationError: Nobody recognises callers, or the files of the documentation page are not installed.
     """
+    authenticator = authenticator or service.authenticator
+    if authenticator is None:
+        raise ConfigurationError("The API needs an authenticator: the service has none, and none was given.")
     app = _App(body_limit_bytes, log_context, middleware=[_Guard(authenticator), _CommonHeaders()])
     app.req_options.strip_url_path_trailing_slash = True
     app.resp_options.default_media_type = falcon.MEDIA_JSON
