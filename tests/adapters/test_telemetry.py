@@ -192,7 +192,7 @@ def test_every_line_takes_one_pipeline() -> None:
             structlog.get_logger("ours").info("started", port=8080)
             logging.getLogger("theirs").warning("%s of %d", "one", 2)
             logging.getLogger("gunicorn.error").info("booted")
-            logging.getLogger("alembic.runtime.migration").info("upgraded")
+            logging.getLogger("alembic.runtime.migration").warning("upgraded")
             logging.getLogger("asyncio").error("never retrieved")
             warnings.warn("old")
             """
@@ -202,7 +202,7 @@ def test_every_line_takes_one_pipeline() -> None:
         ("ours", "info", "started"),
         ("theirs", "warning", "one of 2"),
         ("gunicorn.error", "info", "booted"),
-        ("alembic.runtime.migration", "info", "upgraded"),
+        ("alembic.runtime.migration", "warning", "upgraded"),
         ("asyncio", "error", "never retrieved"),
     ]
     assert written[0]["port"] == 8080
