@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import attrs
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.util import import_app  # type: ignore[import-untyped]
+
+from external_agents.adapters.rest.worker import HELD_SIGNALS
 
 APP = "external_agents.bootstrap:create_asgi_app()"
 BACKLOG = 2048
@@ -67,7 +70,20 @@ class GunicornServer(BaseApplication):  # type: ignore[misc]
 
 def main() -> None:
     raise_open_files_limit()
+    hold_signals_over_forks()
     GunicornServer(GunicornOptions(**json.loads(sys.argv[1]))).run()
+
+
+def hold_signals_over_forks() -> None:
+    """
+    Until a worker has its own handlers it has the master's, which would take a SIGTERM and do nothing with it.
+
+    So the signals wait: a worker lets them in when it is ready for them.
+    """
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS),
+    )
 
 
 def raise_open_files_limit() -> None:

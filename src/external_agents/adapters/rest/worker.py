@@ -13,6 +13,8 @@ from gunicorn.workers.gasgi import ASGIWorker  # type: ignore[import-untyped]
 
 PR_SET_PDEATHSIG = 1
 IDLE_SWEEP_S = 0.5
+HELD_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
+"""May be blocked when a worker begins; see `gunicorn_server`."""
 
 
 class Worker(ASGIWorker):  # type: ignore[misc]
@@ -33,6 +35,10 @@ class Worker(ASGIWorker):  # type: ignore[misc]
         if os.getppid() != self.ppid:
             os._exit(1)
         super().init_process()
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
     def _setup_event_loop(self) -> None:
         super()._setup_event_loop()
