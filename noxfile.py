@@ -69,7 +69,7 @@ def lowest(session: nox.Session) -> None:
     resolved = Path(session.create_tmp()) / "lowest.txt"
     session.run(
         "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct", "--extra", "serve",
-        "--no-emit-index-url", "--output-file", str(resolved), "pyproject.toml",
+        "--output-file", str(resolved), "pyproject.toml",
     )  # fmt: skip
     session.install("-r", str(resolved))
     session.install("--no-deps", ".")
