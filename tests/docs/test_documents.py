@@ -234,7 +234,6 @@ def test_the_example_with_own_adapters_runs(tmp_path: Path, postgres_url: str) -
 
 
 def test_the_example_of_a_host_application_runs(tmp_path: Path, postgres_url: str) -> None:
-    pytest.importorskip("starlette")
     written(tmp_path, "how-to/embed-as-a-library.md")
     (tmp_path / "call.py").write_text(
         """
