@@ -381,7 +381,7 @@ async def test_refusals_are_not_remembered(postgres_agents: PostgresAgents, post
         with pytest.raises(AdmissionRefused):
             await postgres_ledger.admit(make_request(agent))
     assert not postgres_ledger._instance._in_flight
-    assert not postgres_ledger._doubtful
+    assert not postgres_ledger._recovery._doubtful
 
 
 async def test_what_json_allows_is_kept_to_the_letter(

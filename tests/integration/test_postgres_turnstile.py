@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.ledger import PostgresLedger
-from external_agents.adapters.postgres.turnstile import Turnstile
+from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.domain.errors import Unavailable
 from external_agents.testing.builders import make_agent, make_request
 

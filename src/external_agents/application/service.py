@@ -425,9 +425,7 @@ class ExternalAgentService:
             raise AgentInactive
         return AdmissionRequest(
             invocation_id=self._ids.new_id(),
-            org_id=principal.org_id,
-            agent_id=agent.id,
-            agent_version=agent.version,
+            agent=agent,
             initiated_by=principal.subject,
             request=request,
             trace_id=trace_id,

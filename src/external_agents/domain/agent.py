@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cached_property
 from uuid import UUID
 
 import attrs
@@ -12,7 +13,7 @@ import attrs
 from external_agents.domain.budget import BUDGET_CONFIG_SCHEMA, BudgetConfig
 from external_agents.domain.errors import IllegalTransition
 from external_agents.domain.json_values import JsonValue
-from external_agents.domain.rate_limit import RATE_LIMIT_CONFIG_SCHEMA, Window, limits_of
+from external_agents.domain.rate_limit import RATE_LIMIT_CONFIG_SCHEMA, Limits, limits_of
 
 
 class AgentStatus(enum.StrEnum):
@@ -115,11 +116,11 @@ class ExternalAgent:
     version: int = 1
     sealed: Mapping[str, bytes] = attrs.field(factory=dict, repr=False)
 
-    @property
-    def limits(self) -> dict[Window, int]:
+    @cached_property
+    def limits(self) -> Limits:
         return limits_of(self.rate_limit_config)
 
-    @property
+    @cached_property
     def budget(self) -> BudgetConfig:
         return BudgetConfig.of(self.budget_config)
 

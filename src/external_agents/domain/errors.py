@@ -105,6 +105,10 @@ class Unavailable(ExternalAgentsError):
         self.invocation_id = invocation_id
 
 
+class AdmissionInDoubt(Unavailable):
+    """Whether the invocation was admitted is unknown. It was not sent and will not be; recovery ends what there is."""
+
+
 class SecretUnreadable(ExternalAgentsError):
     """A sealed secret cannot be opened: its key id is not configured, or it was altered or moved."""
 

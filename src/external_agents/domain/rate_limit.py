@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import attrs
 
@@ -34,6 +35,9 @@ class Window(enum.Enum):
         return self.seconds / (BUCKETS - 1)
 
 
+Limits: TypeAlias = Mapping[Window, int]
+"""How many each window admits, as far as it is limited."""
+
 _SECONDS = {Window.MINUTE: 60, Window.HOUR: 3_600, Window.DAY: 86_400}
 
 RATE_LIMIT_CONFIG_SCHEMA = {
@@ -53,7 +57,7 @@ RATE_LIMIT_CONFIG_SCHEMA = {
 }
 
 
-def limits_of(config: Mapping[str, JsonValue] | None) -> dict[Window, int]:
+def limits_of(config: Mapping[str, JsonValue] | None) -> Limits:
     """The limits that a validated rate_limit_config sets."""
     config = config or {}
     return {window: config[name] for window in Window if (name := f"requests_per_{window.value}") in config}
@@ -156,7 +160,7 @@ class RateWindows:
     def taken(self) -> RateWindows:
         return RateWindows(*(self[window].taken() for window in Window))
 
-    def refusal(self, limits: Mapping[Window, int], now_s: float) -> tuple[Window, int] | None:
+    def refusal(self, limits: Limits, now_s: float) -> tuple[Window, int] | None:
         """The window that stands longest against one more, and for how many seconds, rounded up; None: admitted."""
         waits = {
             window: self[window].free_after_s(window, limit, now_s)
@@ -168,7 +172,7 @@ class RateWindows:
         window = max(waits, key=lambda window: waits[window])
         return window, max(1, math.ceil(waits[window]))
 
-    def quotas(self, limits: Mapping[Window, int], now_s: float) -> RateQuotas:
+    def quotas(self, limits: Limits, now_s: float) -> RateQuotas:
         def quota(window: Window, limit: int) -> Quota:
             counts = self[window]
             wait = counts.free_after_s(window, limit, now_s) if counts.used >= limit else 0.0

@@ -1,4 +1,4 @@
-"""What stands against an invocation that was well asked for: a limit, a budget."""
+"""What stands against an invocation that was well asked for: an earlier one, a limit, a budget."""
 
 from __future__ import annotations
 
@@ -27,3 +27,18 @@ class BudgetExceeded(AdmissionRefused):
 
     def __init__(self, quotas: RateQuotas) -> None:
         super().__init__("The agent's monthly budget does not cover another invocation.", quotas)
+
+
+class IdempotencyKeyReused(ExternalAgentsError):
+    """The Idempotency-Key was used with another payload. Take a new key for a new invocation."""
+
+    def __init__(self) -> None:
+        super().__init__("The idempotency key was used before, with another payload.")
+
+
+class IdempotencyKeyInFlight(ExternalAgentsError):
+    """The first invocation with this Idempotency-Key has not ended yet. Ask again after `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: int = 1) -> None:
+        super().__init__("The invocation that this idempotency key belongs to has not ended yet.")
+        self.retry_after_s = retry_after_s

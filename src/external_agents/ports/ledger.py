@@ -8,10 +8,13 @@ from uuid import UUID
 
 import attrs
 
+from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.rate_limit import RateQuotas
+from external_agents.domain.refusals import RateLimited
+from external_agents.ports.rate_limiter import Place
 
 
 @attrs.frozen(kw_only=True)
@@ -21,25 +24,43 @@ class AdmissionRequest:
 
     Attributes:
         invocation_id: UUIDv7; its millisecond becomes created_at and decides the budget's month.
-        agent_version: The version that the caller decided on; an agent that has changed since is decided on anew.
+        agent: As the caller decided on it; one that has changed since is decided on anew.
+        idempotency_key: 1 to 255 characters; an invocation that was admitted under it within 24 h is not repeated.
+        verdict: Of a `RateLimiter`, where the limits live outside the ledger: it then counts none itself, and raises a
+            refusal in its place, after what stands before it.
     """
 
     invocation_id: UUID
-    org_id: str
-    agent_id: UUID
-    agent_version: int
+    agent: ExternalAgent
     initiated_by: str
     request: JsonText
     trace_id: str
     lineage_hop_id: str | None = None
+    idempotency_key: str | None = None
+    verdict: Place | RateLimited | None = None
+
+    @property
+    def org_id(self) -> str:
+        return self.agent.org_id
+
+    @property
+    def agent_id(self) -> UUID:
+        return self.agent.id
 
 
 @attrs.frozen(kw_only=True)
 class Admission:
-    """An invocation recorded as running, its place taken, its cost reserved; and what is left of the limits."""
+    """
+    An invocation recorded as running, its place taken, its cost reserved; and what is left of the limits.
+
+    Attributes:
+        replayed: It is the one that had been admitted under the same idempotency key, and has ended; nothing was taken,
+            nothing is to be sent.
+    """
 
     invocation: ExternalAgentInvocation
     quotas: RateQuotas
+    replayed: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -69,15 +90,20 @@ class InvocationLedger(Protocol):
         """
         Take a place in all three windows, reserve the cost, record the invocation as running, durably; or do nothing.
 
+        What stands against it is told in the order of the errors below.
+
         Nothing may be sent to the agent before this returns.
 
         Raises:
             AgentNotFound: There is none, or it is deleted.
             StaleVersion: The agent has changed since; read it and decide again.
             AgentInactive: The agent is switched off.
+            IdempotencyKeyReused: The key belongs to another payload.
+            IdempotencyKeyInFlight: The invocation that the key belongs to has not ended.
             RateLimited: A window is full.
             BudgetExceeded: Spent plus reserved would pass the cap.
-            Unavailable: Do not send; if it was recorded all the same, recovery will end it.
+            AdmissionInDoubt: Do not send; if it was recorded all the same, recovery will end it.
+            Unavailable: Do not send; it was not recorded.
         """
         ...
 

@@ -52,12 +52,30 @@ class InvocationRecord:
     refusal: str | None = None
 
 
-Record: TypeAlias = DecisionRecord | InvocationRecord
+@attrs.frozen(kw_only=True)
+class BatchRecord:
+    """
+    A call of the ledger's store that served several invocations at once.
+
+    Attributes:
+        admissions: How many asked to be admitted in it.
+        settlements: How many were settled in it.
+        waiting: How many were left in the queue when it began.
+        duration_s: From its start to its commit.
+    """
+
+    admissions: int
+    settlements: int
+    waiting: int
+    duration_s: float
+
+
+Record: TypeAlias = DecisionRecord | InvocationRecord | BatchRecord
 
 
 class ObservabilityManager(Protocol):
     """
-    One callable that takes one frozen record per decision and per invocation.
+    One callable that takes one frozen record per decision, per invocation and per batch of the ledger's.
 
     It is called on the event loop, after the fact is durable: it returns at once and queues what takes longer. What it
     raises is logged and changes nothing.

@@ -76,9 +76,7 @@ def make_request(agent: ExternalAgent, **changes: Any) -> AdmissionRequest:
     """The request to admit an invocation of this version of the agent, now."""
     fields: dict[str, Any] = {
         "invocation_id": new_id(),
-        "org_id": agent.org_id,
-        "agent_id": agent.id,
-        "agent_version": agent.version,
+        "agent": agent,
         "initiated_by": "tester",
         "request": JsonText('{"input":"hello"}'),
         "trace_id": secrets.token_hex(16),

@@ -144,10 +144,10 @@ class LedgerContract:
         )
         switched_off = next_version(poor, status=AgentStatus.INACTIVE)
         cases: list[tuple[ExternalAgent | None, AdmissionRequest, type[ExternalAgentsError]]] = [
-            (None, request_at(store, agent, agent_id=new_id()), AgentNotFound),
-            (None, request_at(store, agent, org_id=new_org(), agent_version=full.version), AgentNotFound),
-            (None, request_at(store, agent, agent_version=1), StaleVersion),
-            (None, request_at(store, agent, agent_version=3), StaleVersion),
+            (None, request_at(store, attrs.evolve(agent, id=new_id())), AgentNotFound),
+            (None, request_at(store, attrs.evolve(full, org_id=new_org())), AgentNotFound),
+            (None, request_at(store, attrs.evolve(full, version=1)), StaleVersion),
+            (None, request_at(store, attrs.evolve(full, version=3)), StaleVersion),
             (None, request_at(store, full), RateLimited),
             (poor, request_at(store, poor), BudgetExceeded),
             (switched_off, request_at(store, switched_off), AgentInactive),
@@ -177,7 +177,7 @@ class LedgerContract:
         ledger = await store.new_ledger()
         for version in (1, 2):
             with pytest.raises(AgentNotFound):
-                await ledger.admit(request_at(store, deleted, agent_version=version))
+                await ledger.admit(request_at(store, attrs.evolve(deleted, version=version)))
         assert not await rows_of(store, agent)
 
     async def test_a_stale_version_is_told_before_the_status(self, store: Store) -> None:

@@ -113,7 +113,7 @@ class MemoryLedger(InvocationLedger):
         agent = self._store.agent(request.org_id, request.agent_id)
         if agent.is_deleted:
             raise AgentNotFound
-        if agent.version != request.agent_version:
+        if agent.version != request.agent.version:
             raise StaleVersion
         if agent.status is AgentStatus.INACTIVE:
             raise AgentInactive

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from sqlalchemy import URL, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from external_agents.adapters.postgres.errors import translate_errors
 
 POOL_SIZE = 10
 POOL_WAIT_S = 5.0
@@ -63,6 +67,14 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
 def reading(engine: AsyncEngine) -> AsyncEngine:
     """The same connections for single statements: without BEGIN and ROLLBACK, in a third of the round trips."""
     return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Commits when the block ends well. Raises as `translate_errors` does."""
+    with translate_errors():
+        async with engine.begin() as connection:
+            yield connection
 
 
 def connect_args(url: URL) -> dict[str, Any]:

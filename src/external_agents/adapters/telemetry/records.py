@@ -5,11 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import attrs
 import structlog
 
 from external_agents.domain.access import Principal
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
-from external_agents.ports.observability import DecisionRecord, InvocationRecord, ObservabilityManager, Record
+from external_agents.ports.observability import (
+    BatchRecord,
+    DecisionRecord,
+    InvocationRecord,
+    ObservabilityManager,
+    Record,
+)
 
 LOGGER_NAME = "external_agents.observability"
 
@@ -23,6 +30,7 @@ class StructlogObservability(ObservabilityManager):
     | decision: allowed, or of a list / denied / failed | `decision` | debug / info / warning |
     | invocation: succeeded / ended otherwise | `invocation` | info / warning |
     | invocation that was not admitted | `invocation_refused` | info |
+    | batch of the ledger's | `batch` | debug |
 
     Written are ids, names of fields' values that this service gave, costs and durations; never a payload, an answer,
     or a message that an agent had a part in.
@@ -32,7 +40,9 @@ class StructlogObservability(ObservabilityManager):
         self._log = structlog.stdlib.get_logger(LOGGER_NAME) if structlog.is_configured() else _hosts_logger()
 
     def __call__(self, record: Record) -> None:
-        if isinstance(record, DecisionRecord):
+        if isinstance(record, BatchRecord):
+            self._log.debug("batch", **attrs.asdict(record))
+        elif isinstance(record, DecisionRecord):
             self._decision(record)
         elif record.invocation is not None:
             self._invocation(record, record.invocation)

@@ -188,14 +188,14 @@ async def _limits_behind_gate(connection: AsyncConnection, request: AdmissionReq
         raise LeaseLost
     values = {
         **key,
-        "version": request.agent_version,
+        "version": request.agent.version,
         "month": budget_month(created_at_of(request.invocation_id)),
         "default_currency": DEFAULT_CURRENCY,
     }
     agent = (await connection.execute(_AGENT, values)).mappings().one_or_none()
     if agent is None or agent["status"] == AgentStatus.DELETED:
         raise AgentNotFound
-    if agent["version"] != request.agent_version:
+    if agent["version"] != request.agent.version:
         raise StaleVersion
     if agent["status"] != AgentStatus.ACTIVE:
         raise AgentInactive

@@ -1,0 +1,98 @@
+"""Locks are taken in one order: an instance, an agent's windows, an invocation, accounts by their keys."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import attrs
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from external_agents.adapters.postgres import settlement
+from external_agents.adapters.postgres.engine import reading, transaction
+from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.instances import Instance, LeaseLost
+from external_agents.adapters.postgres.plain import admission
+from external_agents.adapters.postgres.plain.turnstile import Turnstile
+from external_agents.adapters.postgres.recovery import Recovery
+from external_agents.adapters.postgres.rows import invocation_values
+from external_agents.adapters.postgres.tables import invocations
+from external_agents.domain.ids import created_at_of
+from external_agents.domain.invocation import ExternalAgentInvocation
+from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
+
+
+class PlainPostgresLedger(InvocationLedger):
+    """
+    Args:
+        engine: The ledger does not own it.
+        instance_id: Of this process since its start; a new one for each start.
+        endings: Other connections, for settlements, heartbeats and recovery, so that what has begun does not wait
+            behind what wants to begin; `engine` by default.
+    """
+
+    def __init__(self, engine: AsyncEngine, instance_id: UUID, *, endings: AsyncEngine | None = None) -> None:
+        self._engine = engine
+        self._endings = endings or engine
+        self._reading = reading(engine)
+        self._instance = Instance(self._endings, instance_id)
+        self._recovery = Recovery(self._endings, self._instance)
+        self._turnstile = Turnstile()
+
+    async def admit(self, request: AdmissionRequest) -> Admission:
+        try:
+            return await self._admit(request)
+        except LeaseLost:
+            # It slept, or admits for the first time in a long while, without a heartbeat beside it.
+            self._instance.doubt_lease()
+            return await self._admit(request)
+
+    async def _admit(self, request: AdmissionRequest) -> Admission:
+        invocation_id = request.invocation_id
+        admitted = None
+        try:
+            await self._instance.enter(invocation_id)
+            turn = self._turnstile.turn((request.org_id, request.agent_id))
+            async with turn, transaction(self._engine) as connection:
+                admitted = await admission.admit(connection, request, self._instance.id)
+        except BaseException:
+            if admitted is None:
+                self._instance.leave(invocation_id)
+            else:
+                # The commit was on its way when the connection broke or the caller went away: did it arrive?
+                self._recovery.doubt(request.org_id, invocation_id)
+            raise
+        return admitted
+
+    async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+        async with transaction(self._endings) as connection:
+            stored = await settlement.settle(connection, finished)
+        self._instance.leave(finished.id)
+        return stored
+
+    async def record(self, finished: ExternalAgentInvocation) -> None:
+        values = invocation_values(attrs.evolve(finished, created_at=created_at_of(finished.id)))
+        async with transaction(self._endings) as connection:
+            await connection.execute(insert(invocations).values(values))
+
+    async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
+        with translate_errors():
+            async with self._reading.connect() as connection:
+                return await admission.forecast(connection, org_id, agent_id)
+
+    async def heartbeat(self) -> None:
+        await self._instance.beat()
+
+    async def recover(self) -> int:
+        return await self._recovery.recover()
+
+    async def retire(self) -> None:
+        """
+        End this instance in good order, after the last settlement, so that nobody has to wait for its lease.
+
+        What is left running all the same, the next recovery ends.
+
+        Raises:
+            Unavailable: The lease runs out by itself.
+        """
+        await self._instance.retire()
