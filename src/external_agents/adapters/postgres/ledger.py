@@ -16,6 +16,7 @@ from external_agents.adapters.postgres.engine import reading, transaction
 from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.grouped.batch import Earlier
 from external_agents.adapters.postgres.grouped.committer import GroupCommitter
+from external_agents.adapters.postgres.grouped.shards import ShardGroups
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.plain import admission
@@ -36,6 +37,8 @@ class PostgresLedger(InvocationLedger):
         instance_id: Of this process since its start; a new one for each start.
         endings: Other connections, for all that is written, so that it does not wait behind what is read; `engine` by
             default.
+        shard_groups: 1 on a single PostgreSQL; the shard count where the tables are distributed by organisation. Each
+            group of organisations has a queue of its own.
         observe: Told of every batch.
     """
 
@@ -45,6 +48,7 @@ class PostgresLedger(InvocationLedger):
         instance_id: UUID,
         *,
         endings: AsyncEngine | None = None,
+        shard_groups: int = 1,
         observe: Callable[[BatchRecord], None] = lambda record: None,
     ) -> None:
         self._endings = endings or engine
@@ -52,13 +56,17 @@ class PostgresLedger(InvocationLedger):
         self._invocations = PostgresInvocations(engine)
         self._instance = Instance(self._endings, instance_id)
         self._recovery = Recovery(self._endings, self._instance)
-        self._committer = GroupCommitter(
-            self._endings,
-            instance_id,
-            in_flight=self._instance.in_flight,
-            doubt=lambda request: self._recovery.doubt(request.org_id, request.invocation_id),
-            observe=observe,
-        )
+        self._shards = ShardGroups(engine, shard_groups)
+        self._committers = [
+            GroupCommitter(
+                self._endings,
+                instance_id,
+                in_flight=self._instance.in_flight,
+                doubt=lambda request: self._recovery.doubt(request.org_id, request.invocation_id),
+                observe=observe,
+            )
+            for _ in range(shard_groups)
+        ]
 
     async def admit(self, request: AdmissionRequest) -> Admission:
         try:
@@ -72,7 +80,7 @@ class PostgresLedger(InvocationLedger):
         invocation_id = request.invocation_id
         try:
             await self._instance.enter(invocation_id)
-            admitted = await self._committer.admit(request)
+            admitted = await (await self._committer_of(request.org_id)).admit(request)
         except AdmissionInDoubt:
             raise
         except asyncio.CancelledError:
@@ -88,7 +96,7 @@ class PostgresLedger(InvocationLedger):
         return admitted
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
-        if await self._committer.settle(finished):
+        if await (await self._committer_of(finished.org_id)).settle(finished):
             stored = finished
             if finished.error_message is not None:
                 stored = attrs.evolve(finished, error_message=storable(finished.error_message))
@@ -124,3 +132,6 @@ class PostgresLedger(InvocationLedger):
             Unavailable: The lease runs out by itself.
         """
         await self._instance.retire()
+
+    async def _committer_of(self, org_id: str) -> GroupCommitter:
+        return self._committers[await self._shards.group_of(org_id)]
