@@ -40,10 +40,8 @@ from external_agents.domain.refusals import (
 from external_agents.ports.ledger import Admission, AdmissionRequest
 from external_agents.ports.rate_limiter import Place
 
-PARAMETERS = 35
+PARAMETERS = 36
 CALL = f"SELECT * FROM external_agents_commit({', '.join(['%s'] * PARAMETERS)})"  # noqa: S608
-
-_NO_MONTH = date(1970, 1, 1)
 
 _COUNTED, _PLACED, _REFUSED = 0, 1, 2
 _NOT_FOUND, _STALE, _INACTIVE, _REUSED, _IN_FLIGHT, _RATE_LIMITED, _OVER_BUDGET, _EARLIER = 1, 2, 3, 4, 5, 6, 7, 8
@@ -58,6 +56,8 @@ class Earlier:
 
 
 Admitted: TypeAlias = Admission | Earlier
+Account: TypeAlias = tuple[str, UUID, str, date]
+"""An organisation, its agent, a currency and a month."""
 
 
 @attrs.define(eq=False)
@@ -102,7 +102,14 @@ class _Group:
 
     agent: ExternalAgent
     kind: int
+    month: date
     items: list[Admitting] = attrs.field(factory=list)
+
+    @property
+    def account(self) -> Account | None:
+        if self.agent.budget_config is None:
+            return None
+        return self.agent.org_id, self.agent.id, self.agent.budget.currency, self.month
 
 
 @attrs.define(eq=False)
@@ -129,7 +136,7 @@ class Batch:
         name = (agent.org_id, agent.id, agent.version, kind)
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _Group(agent, kind)
+            group = self._groups[name] = _Group(agent, kind, month)
         group.items.append(item)
         self.admittings.append(item)
         return True
@@ -143,37 +150,43 @@ class Batch:
         return len(self.settlings) + len(self.admittings)
 
     def parameters(self, instance_id: UUID, lock_wait: str) -> Sequence[Any]:
-        org_ids = sorted({item.lane[0] for item in self.items})
+        groups = self._in_order()
+        finished = [settling.finished for settling in self.settlings]
+        released, charged = [_released(one) for one in finished], [_charged(one) for one in finished]
+        accounts = {*released, *charged, *(group.account for group in groups)} - {None}
+        ordered: list[Account] = sorted(account for account in accounts if account is not None)
+        index: dict[Account | None, int | None] = {account: n for n, account in enumerate(ordered, 1)}
+        index[None] = None
         return (
-            *(org_ids[0], lock_wait, Texts(org_ids)),
-            *_settling_columns([settling.finished for settling in self.settlings]),
-            *(instance_id, self.month or _NO_MONTH),
-            *self._group_columns(),
-            *self._admitting_columns(),
+            *(next(self.items).lane[0], lock_wait),
+            *(Texts([one[0] for one in ordered]), Uuids([one[1] for one in ordered])),
+            *(Texts([one[2] for one in ordered]), Dates([one[3] for one in ordered])),
+            *(Texts([one.org_id for one in finished]), Uuids([one.id for one in finished])),
+            *(Integers([index[one] for one in released]), Integers([index[one] for one in charged])),
+            *_end_columns(finished),
+            instance_id,
+            *_group_columns(groups),
+            Integers([index[group.account] for group in groups]),
+            *self._admitting_columns(groups),
         )
+
+    def _in_order(self) -> list[_Group]:
+        """Of their agents' keys, as locks are taken."""
+        return [self._groups[name] for name in sorted(self._groups)]
 
     def conclude(self, row: Any) -> None:
         """Answer everyone with what the call returned."""
-        settled = frozenset(row.settled or ())
-        for settling in self.settlings:
-            _give(settling.answer, settling.finished.id in settled)
+        for settling, settled in zip(self.settlings, row.settled or (), strict=True):
+            _give(settling.answer, settled)
         if self.admittings and not row.has_lease:
             for admitting in self.admittings:
                 _refuse(admitting.answer, LeaseLost())
         elif self.admittings:
-            _Verdicts(list(self._groups.values()), row).give()
+            _Verdicts(self._in_order(), row).give()
 
-    def _group_columns(self) -> Iterator[Any]:
-        groups = self._groups.values()
-        yield Texts([group.agent.org_id for group in groups])
-        yield Uuids([group.agent.id for group in groups])
-        yield Integers([group.agent.version for group in groups])
-        yield Shorts([group.kind for group in groups])
-        yield Integers([len(group.items) for group in groups])
-
-    def _admitting_columns(self) -> Iterator[Any]:
+    def _admitting_columns(self, groups: list[_Group]) -> Iterator[Any]:
         """Group by group, as `_Verdicts` counts them."""
-        items = [(n, item) for n, group in enumerate(self._groups.values(), 1) for item in group.items]
+        items = [(n, item) for n, group in enumerate(groups, 1) for item in group.items]
         requests = [item.request for _, item in items]
         yield Integers([n for n, _ in items])
         yield Uuids([request.invocation_id for request in requests])
@@ -189,12 +202,29 @@ class Batch:
             yield from (Texts(), Bytes())
 
 
-def _settling_columns(finished: Sequence[ExternalAgentInvocation]) -> Iterator[Any]:
-    yield Texts([one.org_id for one in finished])
-    yield Uuids([one.id for one in finished])
-    yield Uuids([one.external_agent_id for one in finished])
-    yield Dates([budget_month(one.created_at) for one in finished])
-    yield Texts([one.reservation.currency if one.reservation else None for one in finished])
+def _group_columns(groups: list[_Group]) -> Iterator[Any]:
+    yield Texts([group.agent.org_id for group in groups])
+    yield Uuids([group.agent.id for group in groups])
+    yield Integers([group.agent.version for group in groups])
+    yield Shorts([group.kind for group in groups])
+    yield Integers([len(group.items) for group in groups])
+
+
+def _released(finished: ExternalAgentInvocation) -> Account | None:
+    return _account(finished, finished.reservation)
+
+
+def _charged(finished: ExternalAgentInvocation) -> Account | None:
+    return _account(finished, finished.cost)
+
+
+def _account(finished: ExternalAgentInvocation, money: Money | None) -> Account | None:
+    if money is None:
+        return None
+    return finished.org_id, finished.external_agent_id, money.currency, budget_month(finished.created_at)
+
+
+def _end_columns(finished: Sequence[ExternalAgentInvocation]) -> Iterator[Any]:
     yield Texts([one.status.value for one in finished])
     yield Texts([one.response.text if one.response else None for one in finished])
     yield Integers([one.response_status for one in finished])
@@ -203,7 +233,6 @@ def _settling_columns(finished: Sequence[ExternalAgentInvocation]) -> Iterator[A
     yield Texts([one.error_code.value if one.error_code else None for one in finished])
     yield Texts([storable(one.error_message) for one in finished])
     yield Texts([str(one.cost.amount) if one.cost else None for one in finished])
-    yield Texts([one.cost.currency if one.cost else None for one in finished])
     yield Booleans([one.cost_overrun for one in finished])
     yield Moments([one.completed_at for one in finished])
 
