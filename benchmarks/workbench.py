@@ -1,0 +1,383 @@
+"""What the cases work with: one PostgreSQL, one agent, and the services that are measured on them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import shutil
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import attrs
+import psycopg
+from psycopg import sql
+from sqlalchemy import make_url
+
+from benchmarks import forward, profiling
+from benchmarks.counting import ACKNOWLEDGED, FIRST_ID, Expected, count
+from benchmarks.estate import Estate, furnish
+from benchmarks.judging import Finding, Outcome, percentile
+from benchmarks.processes import (
+    HOST,
+    Agent,
+    RunningLoad,
+    Server,
+    Tree,
+    running_agent,
+    running_redis,
+    running_serve,
+    serving,
+)
+from external_agents.adapters.postgres.embedded import EmbeddedPostgres, owned
+from external_agents.adapters.postgres.schema import migrate
+from external_agents.adapters.rest.gunicorn_server import APP
+from external_agents.settings import PREFIX, Settings
+
+FORWARD = "benchmarks.forward:create_asgi_app()"
+NAIVE = "benchmarks.naive:create_asgi_app()"
+WARM_UP_S = 1.0
+PAYLOAD = b'{"text": "' + b"x" * 188 + b'"}'
+"""200 bytes, like the agent's answer."""
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """How long and how much: each round lasts `seconds`, and `rows` are in the full table."""
+
+    rounds: int
+    seconds: float
+    rows: int
+    workers: int
+    profile_folder: Path | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Round:
+    """
+    What one round of load gave.
+
+    Attributes:
+        rate: Answers a second.
+        elapsed_s: From the start to the last answer, or the time that was given.
+        cpu_us: Microseconds of processor time an answer, by whose they are.
+    """
+
+    rate: float
+    elapsed_s: float
+    latencies_ms: Sequence[float] = attrs.field(repr=False)
+    statuses: Mapping[str, int]
+    cpu_us: Mapping[str, int]
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """For the JSON."""
+        return {
+            "rate": round(self.rate, 1),
+            "elapsed_s": round(self.elapsed_s, 3),
+            "p50_ms": percentile(self.latencies_ms, 50),
+            "p99_ms": percentile(self.latencies_ms, 99),
+            "statuses": self.statuses,
+            "cpu_us": self.cpu_us,
+        }
+
+
+@attrs.define(kw_only=True)
+class Variant:
+    """
+    Something that answers calls, and what has been asked of it so far.
+
+    Attributes:
+        requests: Calls of its agents, as bytes on the wire.
+        path: Of the agent's URL; each variant has one of its own, so that its requests can be counted.
+        dsn: Of its database; None: it has none.
+        since: Rows with a smaller id were there before.
+    """
+
+    name: str
+    bench: Workbench
+    server: Server
+    requests: Sequence[str]
+    path: str
+    dsn: str | None = None
+    since: UUID = FIRST_ID
+    estate: Estate | None = None
+    rounds: list[Round] = attrs.field(factory=list)
+    tally: Counter[str] = attrs.field(factory=Counter)
+    faults: list[str] = attrs.field(factory=list)
+
+    def warm_up(self, connections: int) -> None:
+        self._load(connections=connections, seconds=WARM_UP_S)
+
+    def round(self, *, connections: int, **job: Any) -> Round:
+        """One measured round; `job` is what the load generator takes beside."""
+        done = self._load(connections=connections, **job)
+        self.rounds.append(done)
+        return done
+
+    def begin(self, *, connections: int, requests: Sequence[str] | None = None, **job: Any) -> RunningLoad:
+        """Load that runs beside another; give its result to `take`."""
+        whole = {"address": [HOST, self.server.port], "requests": requests or self.requests, **job}
+        return RunningLoad(self.bench.folder, {**whole, "connections": connections, "seed": self.bench.next_seed()})
+
+    def take(self, running: RunningLoad, expected: Sequence[str] = ("200",)) -> Round:
+        result = running.result()
+        self.tally.update(result["statuses"])
+        strange = {status: n for status, n in result["statuses"].items() if status not in expected}
+        if strange or result["broken"]:
+            told = "; ".join(result["complaints"])
+            self.faults.append(f"unexpected answers {strange}, {result['broken']} broken connections: {told}")
+        return Round(
+            rate=result["answered"] / result["elapsed_s"],
+            elapsed_s=result["elapsed_s"],
+            latencies_ms=[us / 1000 for us in result["latencies_us"]],
+            statuses=result["statuses"],
+            cpu_us={"load": round(result["cpu_s"] * 1e6 / max(1, sum(result["statuses"].values())))},
+        )
+
+    def _load(self, *, connections: int, **job: Any) -> Round:
+        trees = {"service": self.server.tree, "agent": self.bench.agent.tree, "postgres": self.bench.postgres_tree}
+        if self.server.tree == self.bench.agent.tree:
+            del trees["service"]
+        before = {name: tree.cpu_s() for name, tree in trees.items()}
+        done = self.take(self.begin(connections=connections, **job))
+        answers = max(1, sum(done.statuses.values()))
+        spent = {name: round((tree.cpu_s() - before[name]) * 1e6 / answers) for name, tree in trees.items()}
+        return attrs.evolve(done, cpu_us={**spent, **done.cpu_us})
+
+    def mismatches(self) -> list[str]:
+        """What does not add up, all loads together."""
+        acknowledged = sum(self.tally[status] for status in ACKNOWLEDGED)
+        requests = self.bench.agent.requests(self.path)
+        found = list(self.faults)
+        if self.dsn is not None:
+            expected = Expected(acknowledged=acknowledged, agent_requests=requests)
+            found += count(self.dsn, self.since).mismatches(expected)
+        elif requests != acknowledged:
+            found.append(f"{acknowledged} answers, and the agent received {requests} requests")
+        return [f"{self.name}: {fault}" for fault in found]
+
+    @property
+    def rate(self) -> float:
+        """The median of the measured rounds, answers a second."""
+        return statistics.median(done.rate for done in self.rounds)
+
+    @property
+    def latencies_ms(self) -> list[float]:
+        """Of all measured rounds."""
+        return [latency_ms for done in self.rounds for latency_ms in done.latencies_ms]
+
+
+class Workbench:
+    """Made by `workbench`; gives variants for the length of a block."""
+
+    def __init__(self, plan: Plan, folder: Path, postgres: EmbeddedPostgres, agent: Agent, tell: Callable[[str], None]):
+        self.plan = plan
+        self.folder = folder
+        self.agent = agent
+        self.tell = tell
+        self._postgres = postgres
+        self._seed = 0
+        self._made = 0
+        self._secret_keys = "k1:" + base64.b64encode(os.urandom(32)).decode()
+
+    @property
+    def postgres_tree(self) -> Tree:
+        return Tree(self._postgres.pid)
+
+    def next_seed(self) -> int:
+        """The same ones in every run."""
+        self._seed += 1
+        return self._seed
+
+    def connect(self, url: str | None = None) -> psycopg.Connection[Any]:
+        """To a database by its URL, as its superuser, in autocommit; by default to the server's own."""
+        return psycopg.connect(dsn_of(url or self._url("postgres")), autocommit=True)
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The URL of a new database with the newest schema, gone after the block."""
+        self._made += 1
+        name = f"benchmark_{self._made}"
+        self._administer(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        try:
+            url = self._url(name)
+            migrate(url)
+            yield url
+        finally:
+            self._administer(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    @contextmanager
+    def ours(
+        self,
+        *,
+        orgs: int = 1,
+        agents_each: int = 1,
+        slow: bool = False,
+        url: str | None = None,
+        since: UUID = FIRST_ID,
+        redis_url: str | None = None,
+        whole_serve: bool = False,
+    ) -> Iterator[Variant]:
+        """The service as `serve` runs it; with `whole_serve` the supervisor too. `url`: a database that is there."""
+        name = "ours, Redis" if redis_url else "ours"
+        with self._service(name, APP, orgs, agents_each, slow, url, since, redis_url, whole_serve) as variant:
+            yield variant
+
+    @contextmanager
+    def naive(self) -> Iterator[Variant]:
+        with self._service("naive", NAIVE) as variant:
+            yield variant
+
+    @contextmanager
+    def forward(self, *, slow: bool = False) -> Iterator[Variant]:
+        path = self._next_path(slow)
+        env = {forward.AGENT_URL: self.agent.url(path)}
+        with serving(FORWARD, env, workers=self.plan.workers, log=self._log("forward")) as server:
+            requests = [request_text("POST", "/api/external-agents/any/invoke", "none", PAYLOAD)]
+            yield Variant(name="forward", bench=self, server=server, requests=requests, path=path)
+
+    def direct(self) -> Variant:
+        """The agent itself."""
+        path = self._next_path(slow=False)
+        requests = [request_text("POST", path, "none", PAYLOAD)]
+        return Variant(name="direct", bench=self, server=self.agent, requests=requests, path=path)
+
+    @contextmanager
+    def redis(self) -> Iterator[str]:
+        """Its URL."""
+        with running_redis(self.folder / f"redis-{self.next_seed()}") as server:
+            yield f"redis://{HOST}:{server.port}/0"
+
+    def profile(self, variant: Variant, *, connections: int) -> None:
+        """When asked for: one more round, unmeasured, with a profiler at one of the workers."""
+        folder = self.plan.profile_folder
+        if folder is not None:
+            running = variant.begin(connections=connections, seconds=self.plan.seconds)
+            written = profiling.sample(variant.server.tree, self.plan.seconds * 0.8, folder, variant.name)
+            variant.take(running)
+            self.tell(f"  profile: {written}")
+
+    def checkpoint(self) -> None:
+        """So that every case begins with the same work behind it."""
+        with self.connect() as connection:
+            connection.execute("CHECKPOINT")
+
+    @contextmanager
+    def _service(
+        self,
+        name: str,
+        app: str,
+        orgs: int = 1,
+        agents_each: int = 1,
+        slow: bool = False,
+        url: str | None = None,
+        since: UUID = FIRST_ID,
+        redis_url: str | None = None,
+        whole_serve: bool = False,
+    ) -> Iterator[Variant]:
+        if url is None:
+            with self.database() as made:
+                arguments = (orgs, agents_each, slow, made, since, redis_url, whole_serve)
+                with self._service(name, app, *arguments) as variant:
+                    yield variant
+            return
+        path = self._next_path(slow)
+        env = self._environment(url, redis_url)
+        settings = Settings.from_env(env)
+        estate = asyncio.run(furnish(settings, url, self.agent.url(path), orgs=orgs, agents_each=agents_each))
+        requests = [
+            request_text("POST", f"/api/external-agents/{agent.id}/invoke", agent.key, PAYLOAD)
+            for agent in estate.agents
+        ]
+        workers, log = self.plan.workers, self._log(name)
+        started = running_serve(env, workers=workers, log=log) if whole_serve else None
+        with started or serving(app, env, workers=workers, log=log) as server:
+            yield Variant(
+                name=name,
+                bench=self,
+                server=server,
+                requests=requests,
+                path=path,
+                dsn=dsn_of(url),
+                since=since,
+                estate=estate,
+            )
+
+    def _environment(self, url: str, redis_url: str | None) -> dict[str, str]:
+        settings = {
+            "DATABASE_URL": url,
+            "SECRET_KEYS": self._secret_keys,
+            "EGRESS_ALLOW": "loopback",
+            "LOG_FORMAT": "json",
+            "LOG_LEVEL": "info",
+            "HOME": str(self.folder / "home"),
+            **({"REDIS_URL": redis_url} if redis_url else {}),
+        }
+        return {f"{PREFIX}_{name}": text for name, text in settings.items()}
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name.replace(', ', '-').lower()}-{self.next_seed()}.log"
+
+    def _next_path(self, slow: bool) -> str:
+        self._made += 1
+        return f"/{'slow' if slow else 'fast'}/{self._made}"
+
+    def _url(self, database: str) -> str:
+        return make_url(self._postgres.url).set(database=database).render_as_string(hide_password=False)
+
+    def _administer(self, statement: sql.Composed) -> None:
+        with self.connect() as connection:
+            connection.execute(statement)
+
+
+@contextmanager
+def workbench(plan: Plan, tell: Callable[[str], None], folder: Path | None = None) -> Iterator[Workbench]:
+    """Everything that the cases share, in a new folder under `folder` (the system's temporary one by default)."""
+    own = Path(tempfile.mkdtemp(prefix="external-agents-benchmark-", dir=folder))
+    own.chmod(0o711)  # PostgreSQL may run under another account, which must pass through
+    try:
+        with owned(own / "postgres-home") as postgres, running_agent() as agent:
+            yield Workbench(plan, own, postgres, agent, tell)
+    finally:
+        shutil.rmtree(own)
+
+
+def interleaved(bench: Workbench, *variants: Variant, connections: int, **job: Any) -> None:
+    """Warm every variant up, then `rounds` times one round of each."""
+    for variant in variants:
+        variant.warm_up(connections)
+    bench.checkpoint()
+    for number in range(bench.plan.rounds):
+        rates = []
+        for variant in variants:
+            done = variant.round(connections=connections, seconds=bench.plan.seconds, **job)
+            rates.append(f"{variant.name} {done.rate:,.0f}/s")
+        bench.tell(f"  round {number + 1}: {', '.join(rates)}")
+
+
+def outcome(findings: Sequence[Finding], *variants: Variant) -> Outcome:
+    """Count, and put it together; while the variants are still there."""
+    return Outcome(
+        findings=findings,
+        mismatches=[fault for variant in variants for fault in variant.mismatches()],
+        rounds=[{"variant": variant.name, **done.summary} for variant in variants for done in variant.rounds],
+    )
+
+
+def request_text(method: str, target: str, key: str, body: bytes = b"") -> str:
+    fields = [f"Host: {HOST}", f"Authorization: Bearer {key}"]
+    if body:
+        fields += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([f"{method} {target} HTTP/1.1", *fields, "", ""]) + body.decode("latin-1")
+
+
+def dsn_of(url: str) -> str:
+    """The URL as psycopg takes it."""
+    return url.replace("+psycopg", "", 1)
