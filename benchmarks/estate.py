@@ -11,14 +11,18 @@ from external_agents.domain.access import PERMISSIONS, Principal
 from external_agents.settings import Settings
 
 LIMITS = {"requests_per_minute": 10**9, "requests_per_hour": 10**9, "requests_per_day": 10**9}
+SHUT = dict.fromkeys(LIMITS, 0)
 BUDGET = {"max_cost_per_invocation": "0.05", "max_monthly_cost": "999999999", "currency": "USD"}
-"""All three windows and both budgets are kept, and none of them is ever full."""
+"""With LIMITS all three windows and both budgets are kept, and none of them is ever full."""
 
 
 @attrs.frozen(kw_only=True)
 class KnownAgent:
+    """`shut`: its windows take no call at all."""
+
     id: str
     org_id: str
+    shut: bool
     key: str = attrs.field(repr=False)
 
 
@@ -40,25 +44,26 @@ async def furnish(
     *,
     orgs: int,
     agents_each: int,
-    limits: dict[str, int] | None = None,
+    shut_each: int = 0,
 ) -> Estate:
-    """`orgs` organisations with a key and `agents_each` agents each, all of which live at `agent_url`."""
+    """`orgs` organisations, each with a key, open agents, and shut ones behind them; all live at `agent_url`."""
     agents = []
     async with open_installation(settings, database_url) as installation:
         for org_number in range(orgs):
             org_id = f"org-{org_number}"
             key, _ = await installation.api_keys.issue(org_id, "benchmark")
             principal = Principal(org_id, "benchmark", PERMISSIONS)
-            for agent_number in range(agents_each):
+            for agent_number in range(agents_each + shut_each):
+                shut = agent_number >= agents_each
                 document = {
                     "name": f"Agent {agent_number}",
                     "provider": "custom",
                     "webhook_url": agent_url,
                     "auth_type": "bearer",
                     "auth_config": {"token": "a-token-of-the-benchmark"},
-                    "rate_limit_config": limits or LIMITS,
+                    "rate_limit_config": SHUT if shut else LIMITS,
                     "budget_config": BUDGET,
                 }
                 agent = await installation.service.create_agent(principal, document)
-                agents.append(KnownAgent(id=str(agent.id), org_id=org_id, key=key))
+                agents.append(KnownAgent(id=str(agent.id), org_id=org_id, shut=shut, key=key))
     return Estate(agents)

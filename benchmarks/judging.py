@@ -26,16 +26,11 @@ def percentile(values: Sequence[float], per_cent: float) -> float:
 
 @attrs.frozen(kw_only=True)
 class Bound:
-    """
-    What a figure must reach (`floor`) and should reach (`aim`); with `at_most` neither may be exceeded.
-
-    `unit` is how the figure is shown: `x`, `ms`, `MB`, `B`, `%`.
-    """
+    """What a figure must reach (`floor`) and should reach (`aim`); with `at_most` neither may be exceeded."""
 
     floor: float
     aim: float | None = None
     at_most: bool = False
-    unit: str = "x"
 
     def met_by(self, figure: float) -> bool:
         return self._reached(figure, self.floor)
@@ -57,7 +52,7 @@ class Finding:
 
     Attributes:
         ours, baseline: What was measured, as shown; empty where there is none.
-        figure: What is judged; None: not measured, and `note` says why.
+        figure: What is judged, in `unit`; None: not measured, and `note` says why.
         bound: None: told for comparison, and not judged.
     """
 
@@ -66,6 +61,7 @@ class Finding:
     ours: str = ""
     baseline: str = ""
     figure: float | None
+    unit: str = "x"
     bound: Bound | None = None
     note: str = ""
 

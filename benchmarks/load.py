@@ -5,9 +5,9 @@ A closed loop over keep-alive connections: each sends its next request when the 
 epoll with requests that are ready as bytes, since what it takes from the machine the measured ones lack.
 
 A job: `address` [host, port]; `requests`, texts of whole HTTP requests, of which each is drawn at random, evenly, with
-`seed`; `connections`; then `seconds` for a time, or `count` for a number of requests in total. `pace_s` lets every
-connection send at that distance, and not before the last answer. `at_once` opens all connections in the same moment and
-counts the opening; otherwise they are open before the clock starts.
+`seed`; `connections`; then `seconds` for a time, `count` for a number of requests in total, or `each` for a number on
+every connection. `pace_s` lets every connection send at that distance, and not before the last answer. `at_once` opens
+all connections in the same moment and counts the opening; otherwise they are open before the clock starts.
 
 A result: `answered` within `elapsed_s`; `statuses`, how many answers of each, those after the end included;
 `latencies_us` of all; `broken` connections, and `complaints`: some of what was not a 200.
@@ -34,10 +34,11 @@ COMPLAINTS_MAX = 5
 
 
 class Connection:
-    __slots__ = ("began", "partial", "socket")
+    __slots__ = ("began", "left", "partial", "socket")
 
-    def __init__(self, opened: socket.socket) -> None:
+    def __init__(self, opened: socket.socket, left: float) -> None:
         self.socket = opened
+        self.left = left
         self.began = 0.0
         self.partial = b""
 
@@ -49,6 +50,7 @@ class Load:
         self._size = job["connections"]
         self._seconds: float | None = job.get("seconds")
         self._unsent: float = job.get("count") or float("inf")
+        self._each: float = job.get("each") or float("inf")
         self._pace_s: float | None = job.get("pace_s")
         self._at_once: bool = job.get("at_once", False)
         self._random = random.Random(job.get("seed", 1)).random
@@ -108,10 +110,10 @@ class Load:
         opened.setblocking(False)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._poll.register(opened, select.EPOLLIN)
-        return Connection(opened)
+        return Connection(opened, self._each)
 
     def _open(self) -> None:
-        connection = Connection(socket.socket())
+        connection = Connection(socket.socket(), self._each)
         connection.socket.setblocking(False)
         connection.began = time.monotonic()
         connection.socket.connect_ex(self._address)
@@ -128,12 +130,13 @@ class Load:
 
     def _begin(self, connection: Connection, due: float) -> None:
         """Send the next request, or be done; the latency counts from when it was due."""
-        if self._unsent <= 0 or due >= self._deadline:
+        if self._unsent <= 0 or connection.left <= 0 or due >= self._deadline:
             self._busy.pop(connection.socket.fileno(), None)
             self._poll.unregister(connection.socket)
             connection.socket.close()
             return
         self._unsent -= 1
+        connection.left -= 1
         connection.began = due
         self._busy[connection.socket.fileno()] = connection
         request = self._requests[int(self._random() * len(self._requests))]

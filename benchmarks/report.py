@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from benchmarks.judging import Bound, Finding, Outcome, succeeded
+from benchmarks.judging import Finding, Outcome, succeeded
 
 HEADINGS = ("case", "what", "ours", "baseline", "figure", "floor", "aim", "met?")
 VERDICTS = {"yes": "yes", "aim": "yes, and the aim", "no": "NO", "not measured": "not measured", "told": ""}
@@ -52,17 +52,17 @@ def _row(finding: Finding) -> Sequence[str]:
         finding.what,
         finding.ours,
         finding.baseline,
-        "" if finding.figure is None else _shown(finding.figure, bound),
-        "" if bound is None else _limit(bound, bound.floor),
-        "" if bound is None or bound.aim is None else _limit(bound, bound.aim),
+        "" if finding.figure is None else _shown(finding.figure, finding.unit),
+        "" if bound is None else _limit(finding, bound.floor),
+        "" if bound is None or bound.aim is None else _limit(finding, bound.aim),
         VERDICTS[finding.verdict],
     )
 
 
-def _shown(figure: float, bound: Bound | None) -> str:
-    unit = bound.unit if bound else ""
-    return f"{figure:,.2f} {unit}".strip() if abs(figure) < 100 else f"{figure:,.0f} {unit}".strip()
+def _shown(figure: float, unit: str) -> str:
+    return f"{figure:,.2f} {unit}" if abs(figure) < 100 else f"{figure:,.0f} {unit}"
 
 
-def _limit(bound: Bound, figure: float) -> str:
-    return f"{'≤' if bound.at_most else '≥'} {figure:,g} {bound.unit}"
+def _limit(finding: Finding, limit: float) -> str:
+    sign = "≤" if finding.bound is not None and finding.bound.at_most else "≥"
+    return f"{sign} {limit:,g} {finding.unit}"

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,7 +22,7 @@ from sqlalchemy import make_url
 
 from benchmarks import forward, profiling
 from benchmarks.counting import ACKNOWLEDGED, FIRST_ID, Expected, count
-from benchmarks.estate import Estate, furnish
+from benchmarks.estate import Estate, KnownAgent, furnish
 from benchmarks.judging import Finding, Outcome, percentile
 from benchmarks.processes import (
     HOST,
@@ -88,29 +88,48 @@ class Round:
         }
 
 
+@attrs.frozen(kw_only=True)
+class Site:
+    """
+    A furnished database, and what a service on it must be told.
+
+    Attributes:
+        path: Of the URL of its agents; each site has one of its own, so that their requests can be counted.
+        since: Rows with a smaller id were there before.
+    """
+
+    url: str
+    env: Mapping[str, str] = attrs.field(repr=False)
+    path: str
+    estate: Estate
+    since: UUID = FIRST_ID
+
+
 @attrs.define(kw_only=True)
 class Variant:
     """
     Something that answers calls, and what has been asked of it so far.
 
     Attributes:
-        requests: Calls of its agents, as bytes on the wire.
-        path: Of the agent's URL; each variant has one of its own, so that its requests can be counted.
-        dsn: Of its database; None: it has none.
-        since: Rows with a smaller id were there before.
+        requests: Calls of its open agents, whole HTTP requests.
+        path: Of the agent's URL.
+        site: None: it has no database.
     """
 
     name: str
     bench: Workbench
     server: Server
-    requests: Sequence[str]
+    requests: Sequence[str] = attrs.field(repr=False)
     path: str
-    dsn: str | None = None
-    since: UUID = FIRST_ID
-    estate: Estate | None = None
+    site: Site | None = None
     rounds: list[Round] = attrs.field(factory=list)
     tally: Counter[str] = attrs.field(factory=Counter)
     faults: list[str] = attrs.field(factory=list)
+
+    @classmethod
+    def on(cls, site: Site, bench: Workbench, name: str, server: Server) -> Variant:
+        requests = [call_of(agent) for agent in site.estate.agents if not agent.shut]
+        return cls(name=name, bench=bench, server=server, requests=requests, path=site.path, site=site)
 
     def warm_up(self, connections: int) -> None:
         self._load(connections=connections, seconds=WARM_UP_S)
@@ -122,14 +141,16 @@ class Variant:
         return done
 
     def begin(self, *, connections: int, requests: Sequence[str] | None = None, **job: Any) -> RunningLoad:
-        """Load that runs beside another; give its result to `take`."""
+        """Load that runs beside other things; give it to `take`."""
         whole = {"address": [HOST, self.server.port], "requests": requests or self.requests, **job}
         return RunningLoad(self.bench.folder, {**whole, "connections": connections, "seed": self.bench.next_seed()})
 
-    def take(self, running: RunningLoad, expected: Sequence[str] = ("200",)) -> Round:
+    def take(self, running: RunningLoad, expected: str = "200", *, invokes: bool = True) -> Round:
+        """What it gave, once it has ended. Any other answer than the expected one is a fault."""
         result = running.result()
-        self.tally.update(result["statuses"])
-        strange = {status: n for status, n in result["statuses"].items() if status not in expected}
+        if invokes:
+            self.tally.update(result["statuses"])
+        strange = {status: n for status, n in result["statuses"].items() if status != expected}
         if strange or result["broken"]:
             told = "; ".join(result["complaints"])
             self.faults.append(f"unexpected answers {strange}, {result['broken']} broken connections: {told}")
@@ -156,17 +177,12 @@ class Variant:
         acknowledged = sum(self.tally[status] for status in ACKNOWLEDGED)
         requests = self.bench.agent.requests(self.path)
         found = list(self.faults)
-        if self.dsn is not None:
+        if self.site is not None:
             expected = Expected(acknowledged=acknowledged, agent_requests=requests)
-            found += count(self.dsn, self.since).mismatches(expected)
+            found += count(dsn_of(self.site.url), self.site.since).mismatches(expected)
         elif requests != acknowledged:
             found.append(f"{acknowledged} answers, and the agent received {requests} requests")
         return [f"{self.name}: {fault}" for fault in found]
-
-    @property
-    def rate(self) -> float:
-        """The median of the measured rounds, answers a second."""
-        return statistics.median(done.rate for done in self.rounds)
 
     @property
     def latencies_ms(self) -> list[float]:
@@ -214,32 +230,46 @@ class Workbench:
             self._administer(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
     @contextmanager
-    def ours(
-        self,
-        *,
-        orgs: int = 1,
-        agents_each: int = 1,
-        slow: bool = False,
-        url: str | None = None,
-        since: UUID = FIRST_ID,
-        redis_url: str | None = None,
-        whole_serve: bool = False,
-    ) -> Iterator[Variant]:
-        """The service as `serve` runs it; with `whole_serve` the supervisor too. `url`: a database that is there."""
-        name = "ours, Redis" if redis_url else "ours"
-        with self._service(name, APP, orgs, agents_each, slow, url, since, redis_url, whole_serve) as variant:
-            yield variant
+    def site(self, *, orgs: int = 1, agents_each: int = 1, shut_each: int = 0, slow: bool = False) -> Iterator[Site]:
+        """A new database with organisations and agents in it, which live at one path of the agent."""
+        with self.database() as url:
+            env = self._environment(url)
+            path = self._next_path(slow)
+            estate = asyncio.run(
+                furnish(
+                    Settings.from_env(env),
+                    url,
+                    self.agent.url(path),
+                    orgs=orgs,
+                    agents_each=agents_each,
+                    shut_each=shut_each,
+                )
+            )
+            yield Site(url=url, env=env, path=path, estate=estate)
 
     @contextmanager
-    def naive(self) -> Iterator[Variant]:
-        with self._service("naive", NAIVE) as variant:
-            yield variant
+    def ours(self, site: Site, *, redis_url: str | None = None) -> Iterator[Variant]:
+        """The service in gunicorn, as `serve` runs it; with Redis it keeps its limits there."""
+        redis = {f"{PREFIX}_REDIS_URL": redis_url} if redis_url else {}
+        with self._gunicorn("ours", APP, {**site.env, **redis}) as server:
+            yield Variant.on(site, self, "ours", server)
+
+    @contextmanager
+    def whole_serve(self, site: Site) -> Iterator[Variant]:
+        """The command `external-agents serve`, so with its supervisor."""
+        log = self._log("serve")
+        with running_serve(site.env, workers=self.plan.workers, log=log) as server:
+            yield Variant.on(site, self, "ours", server)
+
+    @contextmanager
+    def naive(self, site: Site) -> Iterator[Variant]:
+        with self._gunicorn("naive", NAIVE, site.env) as server:
+            yield Variant.on(site, self, "naive", server)
 
     @contextmanager
     def forward(self, *, slow: bool = False) -> Iterator[Variant]:
         path = self._next_path(slow)
-        env = {forward.AGENT_URL: self.agent.url(path)}
-        with serving(FORWARD, env, workers=self.plan.workers, log=self._log("forward")) as server:
+        with self._gunicorn("forward", FORWARD, {forward.AGENT_URL: self.agent.url(path)}) as server:
             requests = [request_text("POST", "/api/external-agents/any/invoke", "none", PAYLOAD)]
             yield Variant(name="forward", bench=self, server=server, requests=requests, path=path)
 
@@ -252,7 +282,8 @@ class Workbench:
     @contextmanager
     def redis(self) -> Iterator[str]:
         """Its URL."""
-        with running_redis(self.folder / f"redis-{self.next_seed()}") as server:
+        self._made += 1
+        with running_redis(self.folder / f"redis-{self._made}") as server:
             yield f"redis://{HOST}:{server.port}/0"
 
     def profile(self, variant: Variant, *, connections: int) -> None:
@@ -269,48 +300,10 @@ class Workbench:
         with self.connect() as connection:
             connection.execute("CHECKPOINT")
 
-    @contextmanager
-    def _service(
-        self,
-        name: str,
-        app: str,
-        orgs: int = 1,
-        agents_each: int = 1,
-        slow: bool = False,
-        url: str | None = None,
-        since: UUID = FIRST_ID,
-        redis_url: str | None = None,
-        whole_serve: bool = False,
-    ) -> Iterator[Variant]:
-        if url is None:
-            with self.database() as made:
-                arguments = (orgs, agents_each, slow, made, since, redis_url, whole_serve)
-                with self._service(name, app, *arguments) as variant:
-                    yield variant
-            return
-        path = self._next_path(slow)
-        env = self._environment(url, redis_url)
-        settings = Settings.from_env(env)
-        estate = asyncio.run(furnish(settings, url, self.agent.url(path), orgs=orgs, agents_each=agents_each))
-        requests = [
-            request_text("POST", f"/api/external-agents/{agent.id}/invoke", agent.key, PAYLOAD)
-            for agent in estate.agents
-        ]
-        workers, log = self.plan.workers, self._log(name)
-        started = running_serve(env, workers=workers, log=log) if whole_serve else None
-        with started or serving(app, env, workers=workers, log=log) as server:
-            yield Variant(
-                name=name,
-                bench=self,
-                server=server,
-                requests=requests,
-                path=path,
-                dsn=dsn_of(url),
-                since=since,
-                estate=estate,
-            )
+    def _gunicorn(self, name: str, app: str, env: Mapping[str, str]) -> AbstractContextManager[Server]:
+        return serving(app, env, workers=self.plan.workers, log=self._log(name))
 
-    def _environment(self, url: str, redis_url: str | None) -> dict[str, str]:
+    def _environment(self, url: str) -> dict[str, str]:
         settings = {
             "DATABASE_URL": url,
             "SECRET_KEYS": self._secret_keys,
@@ -318,12 +311,12 @@ class Workbench:
             "LOG_FORMAT": "json",
             "LOG_LEVEL": "info",
             "HOME": str(self.folder / "home"),
-            **({"REDIS_URL": redis_url} if redis_url else {}),
         }
         return {f"{PREFIX}_{name}": text for name, text in settings.items()}
 
     def _log(self, name: str) -> Path:
-        return self.folder / f"{name.replace(', ', '-').lower()}-{self.next_seed()}.log"
+        self._made += 1
+        return self.folder / f"{name}-{self._made}.log"
 
     def _next_path(self, slow: bool) -> str:
         self._made += 1
@@ -362,6 +355,11 @@ def interleaved(bench: Workbench, *variants: Variant, connections: int, **job: A
         bench.tell(f"  round {number + 1}: {', '.join(rates)}")
 
 
+def median_rate(rounds: Sequence[Round]) -> float:
+    """Answers a second."""
+    return statistics.median(done.rate for done in rounds)
+
+
 def outcome(findings: Sequence[Finding], *variants: Variant) -> Outcome:
     """Count, and put it together; while the variants are still there."""
     return Outcome(
@@ -369,6 +367,10 @@ def outcome(findings: Sequence[Finding], *variants: Variant) -> Outcome:
         mismatches=[fault for variant in variants for fault in variant.mismatches()],
         rounds=[{"variant": variant.name, **done.summary} for variant in variants for done in variant.rounds],
     )
+
+
+def call_of(agent: KnownAgent) -> str:
+    return request_text("POST", f"/api/external-agents/{agent.id}/invoke", agent.key, PAYLOAD)
 
 
 def request_text(method: str, target: str, key: str, body: bytes = b"") -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from benchmarks.cases.latency import one_connection
-from benchmarks.cases.throughput import hot, spread
+from benchmarks.cases.rows import full_table, row_size
+from benchmarks.cases.storm import storm
+from benchmarks.cases.throughput import hot, redis, spread
 from benchmarks.judging import Outcome
 from benchmarks.workbench import Workbench
 
 CASES: Mapping[str, Callable[[Workbench], Outcome]] = {
     "hot": hot,
     "spread": spread,
+    "redis": redis,
     "one": one_connection,
+    "storm": storm,
+    "size": row_size,
+    "rows": full_table,
 }

@@ -9,12 +9,12 @@ from benchmarks.workbench import Variant, Workbench, interleaved, outcome
 def one_connection(bench: Workbench) -> Outcome:
     """One caller, over calling the agent itself."""
     direct = bench.direct()
-    with bench.ours() as ours, bench.forward() as forward:
+    with bench.site() as site, bench.ours(site) as ours, bench.forward() as forward:
         interleaved(bench, ours, direct, forward, connections=1)
         bench.profile(ours, connections=1)
         findings = [
-            _added(50, ours, direct, Bound(floor=3, aim=2, at_most=True, unit="ms")),
-            _added(99, ours, direct, Bound(floor=10, at_most=True, unit="ms")),
+            _added(50, ours, direct, Bound(floor=3, aim=2, at_most=True)),
+            _added(99, ours, direct, Bound(floor=10, at_most=True)),
             _added(50, forward, direct, None),
         ]
         return outcome(findings, ours, direct, forward)
@@ -28,5 +28,6 @@ def _added(per_cent: int, variant: Variant, direct: Variant, bound: Bound | None
         ours=f"{through:.2f} ms",
         baseline=f"{alone:.2f} ms",
         figure=through - alone,
+        unit="ms",
         bound=bound,
     )
