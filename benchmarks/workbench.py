@@ -66,6 +66,7 @@ class Round:
     Attributes:
         rate: Answers a second.
         elapsed_s: From the start to the last answer, or the time that was given.
+        what: Tells it from the others of a case, where they differ.
         cpu_us: Microseconds of processor time an answer, by whose they are.
     """
 
@@ -74,11 +75,13 @@ class Round:
     latencies_ms: Sequence[float] = attrs.field(repr=False)
     statuses: Mapping[str, int]
     cpu_us: Mapping[str, int]
+    what: str = ""
 
     @property
     def summary(self) -> dict[str, object]:
         """For the JSON."""
         return {
+            **({"what": self.what} if self.what else {}),
             "rate": round(self.rate, 1),
             "elapsed_s": round(self.elapsed_s, 3),
             "p50_ms": percentile(self.latencies_ms, 50),
@@ -134,9 +137,9 @@ class Variant:
     def warm_up(self, connections: int) -> None:
         self._load(connections=connections, seconds=WARM_UP_S)
 
-    def round(self, *, connections: int, **job: Any) -> Round:
+    def round(self, what: str = "", *, connections: int, **job: Any) -> Round:
         """One measured round; `job` is what the load generator takes beside."""
-        done = self._load(connections=connections, **job)
+        done = attrs.evolve(self._load(connections=connections, **job), what=what)
         self.rounds.append(done)
         return done
 
@@ -145,12 +148,12 @@ class Variant:
         whole = {"address": [HOST, self.server.port], "requests": requests or self.requests, **job}
         return RunningLoad(self.bench.folder, {**whole, "connections": connections, "seed": self.bench.next_seed()})
 
-    def take(self, running: RunningLoad, expected: str = "200", *, invokes: bool = True) -> Round:
-        """What it gave, once it has ended. Any other answer than the expected one is a fault."""
+    def take(self, running: RunningLoad, expected: Sequence[str] = ("200",), *, invokes: bool = True) -> Round:
+        """What it gave, once it has ended. Any answer that is not expected is a fault."""
         result = running.result()
         if invokes:
             self.tally.update(result["statuses"])
-        strange = {status: n for status, n in result["statuses"].items() if status != expected}
+        strange = {status: n for status, n in result["statuses"].items() if status not in expected}
         if strange or result["broken"]:
             told = "; ".join(result["complaints"])
             self.faults.append(f"unexpected answers {strange}, {result['broken']} broken connections: {told}")

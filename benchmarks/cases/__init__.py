@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from benchmarks.cases.fairness import fairness
 from benchmarks.cases.latency import one_connection
 from benchmarks.cases.rows import full_table, row_size
 from benchmarks.cases.storm import storm
@@ -17,6 +18,7 @@ CASES: Mapping[str, Callable[[Workbench], Outcome]] = {
     "redis": redis,
     "one": one_connection,
     "storm": storm,
+    "fairness": fairness,
     "size": row_size,
     "rows": full_table,
 }
