@@ -30,10 +30,10 @@ FILL = """
         NULL, NULL, '{}', 30, 3, 'active', 's', 's', now(), now(), 1, 'n', ''
     FROM generate_series(0, 49) AS n;
     INSERT INTO external_agent_invocations (org_id, id, external_agent_id, initiated_by, status, request_payload,
-        attempts, cost_overrun, trace_id, created_at, instance_id)
+        attempts, cost_overrun, trace_id, created_at, instance_id, ended)
     SELECT 'org-' || n % 50, (lpad(to_hex(first + n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid,
         lpad(to_hex(n % 50), 32, '0')::uuid, 's', 'succeeded', '{}', '[]', false, md5(n::text), now(),
-        lpad(to_hex(n % 5), 32, '0')::uuid
+        lpad(to_hex(n % 5), 32, '0')::uuid, true
     FROM generate_series(0, rows - 1) AS n;
 """
 

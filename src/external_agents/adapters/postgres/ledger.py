@@ -7,7 +7,6 @@ from collections.abc import Callable
 from uuid import UUID
 
 import attrs
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
@@ -21,10 +20,7 @@ from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.recovery import Recovery
-from external_agents.adapters.postgres.rows import invocation_values
-from external_agents.adapters.postgres.tables import invocations
 from external_agents.domain.errors import AdmissionInDoubt
-from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
 from external_agents.ports.observability import BatchRecord
@@ -107,9 +103,8 @@ class PostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        values = invocation_values(attrs.evolve(finished, created_at=created_at_of(finished.id)))
         async with transaction(self._endings) as connection:
-            await connection.execute(insert(invocations).values(values))
+            await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
         with translate_errors():

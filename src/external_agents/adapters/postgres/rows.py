@@ -25,7 +25,7 @@ END_COLUMNS = (
 
 INVOCATION_COLUMNS = (
     *("org_id", "id", "external_agent_id", "lineage_hop_id", "initiated_by", "request_payload", "reservation_amount"),
-    *("reservation_currency", "trace_id", "created_at", *END_COLUMNS),
+    *("reservation_currency", "trace_id", "created_at", "ended", *END_COLUMNS),
 )
 _attempts = make_converter(omit_if_default=True)
 
@@ -102,6 +102,7 @@ def invocation_values(invocation: ExternalAgentInvocation) -> dict[str, Any]:
         **_money_values("reservation", invocation.reservation),
         "trace_id": invocation.trace_id,
         "created_at": invocation.created_at,
+        "ended": invocation.has_ended,
         **end_values(invocation),
     }
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from uuid import UUID
 
-import attrs
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
@@ -15,9 +13,6 @@ from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.adapters.postgres.recovery import Recovery
-from external_agents.adapters.postgres.rows import invocation_values
-from external_agents.adapters.postgres.tables import invocations
-from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
 
@@ -71,9 +66,8 @@ class PlainPostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        values = invocation_values(attrs.evolve(finished, created_at=created_at_of(finished.id)))
         async with transaction(self._endings) as connection:
-            await connection.execute(insert(invocations).values(values))
+            await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
         with translate_errors():
