@@ -14,6 +14,7 @@ from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.ports.identity import ApiKeyStore
 from external_agents.ports.ledger import InvocationLedger
+from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
@@ -78,6 +79,10 @@ class TestPostgresLedger(LedgerContract):
 
 
 class TestPostgresLedgerInTime(LedgerTimeContract):
+    pass
+
+
+class TestPostgresIdempotency(IdempotencyContract):
     pass
 
 
