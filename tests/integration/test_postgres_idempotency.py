@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import psycopg
@@ -19,7 +19,7 @@ from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.errors import Unavailable
 from external_agents.domain.idempotency import KEPT_FOR
 from external_agents.settings import Settings
-from external_agents.testing.builders import conclude, make_agent, make_request
+from external_agents.testing.builders import conclude, id_at, make_agent, make_request
 from postgres_server import OpenEngine, ShiftedClock, dsn, wait_for_lock
 
 DEADLINE_S = 30.0
@@ -135,3 +135,20 @@ async def test_a_key_whose_invocation_is_gone_is_free(
     with psycopg.connect(dsn(postgres_url)) as connection:
         connection.execute("DELETE FROM external_agent_invocations")
     assert not (await postgres_ledger.admit(make_request(agent, idempotency_key="key"))).replayed
+
+
+async def test_a_replay_leaves_nothing_in_flight(
+    postgres_url: str, postgres_ledger: PostgresLedger, agent: ExternalAgent
+) -> None:
+    """Recovery looks from the instance's mark on, which would stand still for ever."""
+    for _ in range(2):
+        admission = await postgres_ledger.admit(make_request(agent, idempotency_key="key"))
+        if not admission.replayed:
+            await postgres_ledger.settle(conclude(admission.invocation))
+    assert admission.replayed
+    later = datetime.now(UTC) + timedelta(seconds=1)
+    newest = (await postgres_ledger.admit(make_request(agent, invocation_id=id_at(later)))).invocation
+    await postgres_ledger.settle(conclude(newest))
+    await postgres_ledger.heartbeat()
+    with psycopg.connect(dsn(postgres_url)) as connection:
+        assert connection.execute("SELECT running_from FROM instances").fetchall() == [(newest.id,)]

@@ -275,18 +275,6 @@ class IdempotencyContract:
         assert late.attempts
         assert (await survivor.admit(keyed(store, agent))).invocation == late
 
-    async def test_an_instance_that_answered_again_has_nothing_running(self, store: Store, pass_time: PassTime) -> None:
-        agent = await stored_agent(store)
-        dead, survivor = await store.new_ledger(), await store.new_ledger()
-        ended = await self.ended(store, survivor, keyed(store, agent))
-        for _ in range(3):
-            assert (await dead.admit(keyed(store, agent))).replayed
-        for _ in range(10):
-            await pass_time((LEASE_S + TOLERANCE_S) / 10)
-            await survivor.heartbeat()
-        await survivor.recover()
-        assert list(await rows_of(store, agent)) == [ended]
-
     async def ended(self, store: Store, ledger: InvocationLedger, request: AdmissionRequest) -> ExternalAgentInvocation:
         """The first with its key, ended."""
         admission = await ledger.admit(request)
