@@ -13,12 +13,12 @@ from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.columns import storable
 from external_agents.adapters.postgres.engine import reading, transaction
 from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.grouped.batch import Earlier
 from external_agents.adapters.postgres.grouped.committer import GroupCommitter
 from external_agents.adapters.postgres.grouped.shards import ShardGroups
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.invocations import PostgresInvocations
-from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.recovery import Recovery
 from external_agents.domain.errors import AdmissionInDoubt
 from external_agents.domain.invocation import ExternalAgentInvocation
@@ -109,7 +109,7 @@ class PostgresLedger(InvocationLedger):
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
         with translate_errors():
             async with self._reading.connect() as connection:
-                return await admission.forecast(connection, org_id, agent_id)
+                return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()

@@ -211,7 +211,7 @@ idempotency_keys = Table(
     _agent_key("agent_id"),
     Index("ix_external_agent_idempotency_keys_created_at", "created_at"),
 )
-"""Room for idempotency; nothing is written here yet."""
+"""created_at is the store's time of the admission; the primary key finds a key, the index those that have expired."""
 
 deliveries = Table(
     "external_agent_deliveries",
