@@ -28,6 +28,7 @@ from sqlalchemy import (
     Text,
     Uuid,
     false,
+    text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -126,6 +127,8 @@ budgets = Table(
     postgresql_with=_FREQUENTLY_UPDATED,
 )
 
+FAILURES = text("status IN ('failed', 'unknown', 'cancelled')")
+
 invocations = Table(
     "external_agent_invocations",
     metadata,
@@ -156,6 +159,9 @@ invocations = Table(
     # Not by organisation first: the agent's id is enough, and what is in every row is to be short.
     Index("ix_external_agent_invocations_agent", "external_agent_id", "id"),
     Index("ix_external_agent_invocations_trace", "trace_id", postgresql_using="hash"),
+    # What did not succeed is rare, and looked for.
+    Index("ix_external_agent_invocations_failures", "org_id", "id", postgresql_where=FAILURES),
+    Index("ix_external_agent_invocations_agent_failures", "external_agent_id", "id", postgresql_where=FAILURES),
     postgresql_partition_by="RANGE (ended, id)",
 )
 """

@@ -25,6 +25,9 @@ def upgrade() -> None:
     op.create_primary_key(f"pk_{TABLE}", TABLE, ["org_id", "id", "ended"])
     op.create_index(f"ix_{TABLE}_agent", TABLE, ["external_agent_id", "id"])
     op.create_index(f"ix_{TABLE}_trace", TABLE, ["trace_id"], postgresql_using="hash")
+    failures = sa.text("status IN ('failed', 'unknown', 'cancelled')")
+    op.create_index(f"ix_{TABLE}_failures", TABLE, ["org_id", "id"], postgresql_where=failures)
+    op.create_index(f"ix_{TABLE}_agent_failures", TABLE, ["external_agent_id", "id"], postgresql_where=failures)
     op.execute(
         # Its rows live for as long as agents take: most of it is dead at any time.
         f"CREATE TABLE {TABLE}_running PARTITION OF {TABLE} FOR VALUES FROM (false, MINVALUE) TO (true, MINVALUE)"
