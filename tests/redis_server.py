@@ -105,7 +105,7 @@ class AgingWindows:
     def __init__(self, server: RedisServer) -> None:
         self._url = server.url
         self._client = server.client()
-        self._age = self._client.register_script(_AGE)
+        self._age = self._client.register_script(AGE)
         self._passed_s = 0.0
         self._limiters: list[_AgingLimiter] = []
 
@@ -140,7 +140,7 @@ class _AgingLimiter(RedisRateLimiter):
 
 
 # What stood in bucket b of a window stands in b - step. The numbers are those of windows.lua.
-_AGE = """
+AGE = """
     local old, new = cmsgpack.unpack(redis.call('GET', KEYS[1])), {}
     for window = 1, 3 do
         local first, step, head = 4 + (window - 1) * 51, tonumber(ARGV[window]), old[window]

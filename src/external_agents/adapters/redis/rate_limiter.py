@@ -133,14 +133,14 @@ class RedisRateLimiter(RateLimiter):
         except Unavailable as outage:
             self._warn(outage.__cause__)
             for _, callers in batch:
-                _refuse(callers)
+                _refuse(callers, outage.__cause__)
             return
         for (question, callers), reply in zip(batch, replies, strict=True):
             try:
                 self._answer(question, callers, reply)
             except (struct.error, TypeError):
                 self._warn(reply)
-                _refuse(callers)
+                _refuse(callers, reply)
 
     async def _replies(self, commands: Sequence[Command]) -> list[Reply]:
         replies = await self._connection.call(commands)
@@ -205,9 +205,11 @@ def _turn_away(callers: _Callers, answer: Answer, limits: Limits) -> None:
         _fail(caller, RateLimited(window.value, retry_after_s, quotas))
 
 
-def _refuse(callers: _Callers) -> None:
+def _refuse(callers: _Callers, reason: object = None) -> None:
     for caller in callers:
-        _fail(caller, Unavailable(WHAT))
+        outage = Unavailable(WHAT)
+        outage.__cause__ = reason if isinstance(reason, Exception) else None
+        _fail(caller, outage)
 
 
 def _tell(callers: _Callers, answers: Iterable[object]) -> None:
