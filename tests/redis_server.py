@@ -40,13 +40,14 @@ class RedisServer:
     One server on a unix socket, which can be killed and started again on its data.
 
     Attributes:
-        url: As the setting takes it.
+        url: As REDIS_URL takes it.
+        settings: Those of redis.conf.
     """
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
         self.folder = folder
         self.url = f"unix://{folder}/socket"
-        self._settings = settings
+        self.settings = settings
         self._process: ChildProcess | None = None
 
     def client(self) -> redis.Redis:
@@ -54,13 +55,13 @@ class RedisServer:
 
     def start(self) -> None:
         """It answers when this returns."""
-        options = [word for name, value in self._settings.items() for word in (f"--{name}", value)]
+        options = [word for name, value in self.settings.items() for word in (f"--{name}", value)]
         with (self.folder / "log").open("ab") as log:
             self._process = ChildProcess(
                 Launch(
                     argv=[
-                        *(redis_program(), "--port", "0", "--unixsocket", str(self.folder / "socket")),
-                        *("--dir", str(self.folder), "--save", "", *options),
+                        *(redis_program(), "--unixsocket", str(self.folder / "socket")),
+                        *("--dir", str(self.folder), "--bind", "127.0.0.1", "--save", "", *options),
                     ],
                     death_signal=signal.SIGKILL,
                     cwd=str(self.folder),
@@ -158,7 +159,7 @@ def running_redis(**settings: str) -> Iterator[RedisServer]:
     """A durable server, but for the settings given (`appendfsync="no"`, with `_` for `-`)."""
     folder = Path(tempfile.mkdtemp(prefix="xa-redis-"))
     given = {name.replace("_", "-"): value for name, value in settings.items()}
-    server = RedisServer(folder, {**DURABLE, **given})
+    server = RedisServer(folder, {**DURABLE, "port": "0", **given})
     try:
         server.start()
         yield server

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from external_agents.adapters.redis.connection import RedisConnection
 from external_agents.adapters.redis.rate_limiter import RedisRateLimiter
+from external_agents.adapters.redis.readiness import RedisCheck, RedisReadiness
 
-__all__ = ["RedisConnection", "RedisRateLimiter"]
+__all__ = ["RedisCheck", "RedisConnection", "RedisRateLimiter", "RedisReadiness"]
