@@ -82,7 +82,9 @@ async def test_a_server_that_does_not_tell_its_settings(tmp_path: Path) -> None:
     """As managed ones do: no fault, but a word to the operator."""
     with running_redis() as server:
         with server.client() as client:
-            client.acl_setuser("managed", enabled=True, passwords=["+s3cret"], keys="*", commands=["+@all", "-config"])
+            client.acl_setuser(
+                "managed", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+@all", "-config"]
+            )
         url = server.url.replace("unix://", "unix://managed:s3cret@")
         assert await look(url) == RedisReadiness(unverified=("appendfsync",))
         status, line = await asyncio.to_thread(checked, server, tmp_path, url)
@@ -93,9 +95,22 @@ async def test_a_server_that_does_not_tell_its_settings(tmp_path: Path) -> None:
 async def test_an_account_that_may_not_run_scripts() -> None:
     with running_redis() as server:
         with server.client() as client:
-            client.acl_setuser("poor", enabled=True, passwords=["+s3cret"], keys="*", commands=["+@all", "-@scripting"])
+            client.acl_setuser(
+                "poor", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+@all", "-@scripting"]
+            )
         [fault] = (await look(server.url.replace("unix://", "unix://poor:s3cret@"))).faults
     assert "EVALSHA" in fault
+
+
+async def test_the_account_that_the_documents_describe() -> None:
+    commands = ["+eval", "+evalsha", "+get", "+set", "+time", "+info", "+config|get"]
+    with running_redis() as server:
+        with server.client() as client:
+            client.acl_setuser("least", enabled=True, passwords=["+s3cret"], keys=["external-agents:rate:*"])
+            client.execute_command("ACL SETUSER", "least", *commands)
+        url = server.url.replace("unix://", "unix://least:s3cret@")
+        assert await look(url) == RedisReadiness()
+        assert await admitted(url) == 20
 
 
 async def test_a_cluster() -> None:
@@ -109,7 +124,7 @@ async def test_a_cluster() -> None:
         client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16_383)
         await asyncio.to_thread(eventually, lambda: cluster_is_ready(client), START_S)
         assert await look(server.url) == RedisReadiness()
-        assert await admitted(server) == 20
+        assert await admitted(server.url) == 20
 
         client.execute_command("CLUSTER DELSLOTSRANGE", 0, 8_191)
         [fault] = (await look(server.url)).faults
@@ -121,7 +136,7 @@ async def test_a_cluster() -> None:
         for node in (server, other):
             [fault] = (await look(node.url)).faults
             assert "proxy" in fault
-            assert 0 < await admitted(node) < 20
+            assert 0 < await admitted(node.url) < 20
 
 
 def free_port() -> str:
@@ -135,9 +150,9 @@ def cluster_is_ready(client: redis.Redis) -> bool:
     return bool(client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
 
 
-async def admitted(server: RedisServer) -> int:
+async def admitted(url: str) -> int:
     """Of 20 agents, in slots all over the place."""
-    limiter = RedisRateLimiter(RedisConnection(server.url))
+    limiter = RedisRateLimiter(RedisConnection(url))
     try:
         calls = (Caller(limiter, {}).acquire() for _ in range(20))
         results = await asyncio.gather(*calls, return_exceptions=True)

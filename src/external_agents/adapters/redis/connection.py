@@ -19,7 +19,8 @@ Command: TypeAlias = tuple[str | bytes | int, ...]
 Reply: TypeAlias = Any
 """What RESP 2 holds: bytes, an integer, None, a list of these; or the error that this one command came to."""
 
-# Not left to the URL: a call that was sent and not answered may have been carried out, and is not repeated.
+# Not left to the URL. A call that was sent and not answered may have been carried out, and is not repeated. A new
+# connection needs no command but AUTH and SELECT.
 _OPTIONS: dict[str, Any] = {
     "socket_timeout": None,
     "socket_connect_timeout": CALL_TIMEOUT_S,
@@ -28,7 +29,7 @@ _OPTIONS: dict[str, Any] = {
     "retry_on_error": [],
     "health_check_interval": 0,
     "decode_responses": False,
-    "client_name": "external-agents",
+    "client_name": None,
     "driver_info": None,
     "protocol": 2,
 }
