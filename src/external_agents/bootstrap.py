@@ -32,12 +32,14 @@ from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import keep_partitions
 from external_agents.adapters.postgres.readiness import check
 from external_agents.adapters.postgres.schema import migrate
+from external_agents.adapters.redis import RedisCheck, RedisConnection, RedisRateLimiter
 from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
 from external_agents.adapters.telemetry import StructlogObservability, configure_logging
 from external_agents.adapters.webhook.transport import WebhookTransport
+from external_agents.application.limited_ledger import LimitedLedger
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
@@ -59,17 +61,24 @@ _log = logging.getLogger(__name__)
 
 @attrs.frozen(kw_only=True)
 class Installation:
-    """A service with all that stands around it, open for the length of `open_installation`."""
+    """
+    A service with all that stands around it, open for the length of `open_installation`.
+
+    Attributes:
+        redis: Looks at the Redis that keeps the rate limits; None: the database keeps them.
+    """
 
     service: ExternalAgentService
     authenticator: Authenticator
     api_keys: ApiKeys
     engine: AsyncEngine = attrs.field(repr=False)
     key_ring: KeyRing
+    redis: RedisCheck | None = None
 
     async def readiness(self) -> Mapping[str, str | None]:
         """What must be there to serve, by name, and why it is not; None where it is."""
-        return {**await database_readiness(self.engine), "keys": None}
+        redis = {} if self.redis is None else {"redis": (await self.redis()).reason}
+        return {**await database_readiness(self.engine), **redis, "keys": None}
 
 
 async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
@@ -103,10 +112,13 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
     """`open_service` on a database that is there already, with all that an operator or an API needs beside it."""
     clock, ids = SystemClock(), SystemIds()
     key_ring = load_key_ring(settings)
+    limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
+    redis = None if settings.redis_url is None else RedisCheck(redis_connection(settings.redis_url))
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
-    ledger = PostgresLedger(engine, ids.new_id(), endings=endings)
+    postgres_ledger = PostgresLedger(engine, ids.new_id(), endings=endings)
+    ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
     authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
@@ -138,6 +150,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
             api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
             engine=engine,
             key_ring=key_ring,
+            redis=redis,
         )
     finally:
         await service.drain()
@@ -145,7 +158,10 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         with suppress(Unavailable):
-            await ledger.retire()
+            await postgres_ledger.retire()
+        for part in (limiter, redis):
+            if part is not None:
+                await part.aclose()
         await transport.aclose()
         await engine.dispose()
         await endings.dispose()
@@ -219,6 +235,17 @@ def load_key_ring(settings: Settings) -> KeyRing:
     except OSError as error:
         raise unusable(error) from error
     return KeyRing.load_or_create(home / "secret-keys")
+
+
+def redis_connection(url: str) -> RedisConnection:
+    """
+    Raises:
+        ConfigurationError: The URL cannot be used.
+    """
+    try:
+        return RedisConnection(url)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{variable_of('redis_url')} cannot be used. {error}") from None
 
 
 def discover_catalog() -> Catalog:

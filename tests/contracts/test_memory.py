@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from external_agents.adapters.memory import (
@@ -11,17 +13,21 @@ from external_agents.adapters.memory import (
     MemoryAuthenticator,
     MemoryInvocationReader,
     MemoryLedger,
+    MemoryRateLimiter,
     MemorySecretBox,
     MemoryStore,
     PermissionPolicy,
 )
+from external_agents.application.limited_ledger import LimitedLedger
 from external_agents.domain.access import Principal
+from external_agents.ports.ledger import InvocationLedger
 from external_agents.testing.fakes import FakeClock
 from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract, AuthenticatorContract, Issue
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
 from external_agents.testing.policy import PolicyContract
+from external_agents.testing.rate_limits import NewLimiter, RateLimiterContract
 from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
 from external_agents.testing.secrets import SecretBoxContract
 from external_agents.testing.stores import PassTime, Store
@@ -40,12 +46,9 @@ def pass_time(clock: FakeClock) -> PassTime:
     return pass_time
 
 
-@pytest.fixture
-def store(clock: FakeClock) -> Store:
-    memory = MemoryStore()
-
-    async def new_ledger() -> MemoryLedger:
-        ledger = MemoryLedger(memory, clock)
+def store_of(memory: MemoryStore, clock: FakeClock, limited: Callable[[InvocationLedger], InvocationLedger]) -> Store:
+    async def new_ledger() -> InvocationLedger:
+        ledger = limited(MemoryLedger(memory, clock))
         await ledger.heartbeat()
         return ledger
 
@@ -56,6 +59,18 @@ def store(clock: FakeClock) -> Store:
         new_ledger=new_ledger,
         now=clock.now,
     )
+
+
+@pytest.fixture
+def store(clock: FakeClock) -> Store:
+    return store_of(MemoryStore(), clock, lambda ledger: ledger)
+
+
+@pytest.fixture
+def limited_store(clock: FakeClock) -> Store:
+    """The limits of its ledgers are kept apart from it."""
+    limiter = MemoryRateLimiter(clock)
+    return store_of(MemoryStore(), clock, lambda ledger: LimitedLedger(ledger, limiter))
 
 
 class TestMemoryAgentRepository(AgentRepositoryContract):
@@ -76,6 +91,31 @@ class TestMemoryLedgerOverTime(LedgerTimeContract):
 
 class TestMemoryIdempotency(IdempotencyContract):
     pass
+
+
+class TestLimitedMemoryLedger(LedgerContract):
+    @pytest.fixture
+    def store(self, limited_store: Store) -> Store:
+        return limited_store
+
+
+class TestLimitedMemoryLedgerOverTime(LedgerTimeContract):
+    @pytest.fixture
+    def store(self, limited_store: Store) -> Store:
+        return limited_store
+
+
+class TestLimitedMemoryIdempotency(IdempotencyContract):
+    @pytest.fixture
+    def store(self, limited_store: Store) -> Store:
+        return limited_store
+
+
+class TestMemoryRateLimiter(RateLimiterContract):
+    @pytest.fixture
+    def new_limiter(self, clock: FakeClock) -> NewLimiter:
+        limiter = MemoryRateLimiter(clock)
+        return lambda: limiter
 
 
 class TestMemoryApiKeyStore(ApiKeyStoreContract):

@@ -14,7 +14,7 @@ from external_agents.domain.errors import AgentInactive, AgentNotFound, Invocati
 from external_agents.domain.idempotency import KEPT_FOR, replayed
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
-from external_agents.domain.rate_limit import RateWindows
+from external_agents.domain.rate_limit import RateQuotas, RateWindows
 from external_agents.domain.refusals import BudgetExceeded, RateLimited
 from external_agents.ports.ledger import LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 from external_agents.ports.system import Clock
@@ -39,15 +39,17 @@ class MemoryLedger(InvocationLedger):
         now_s = self._clock.monotonic_s()
         windows = self._windows(agent, now_s)
         if first := self._first_of_key(request, now_s):
-            return Admission(invocation=first, quotas=windows.quotas(agent.limits, now_s), replayed=True)
-        if refusal := windows.refusal(agent.limits, now_s):
+            return Admission(invocation=first, quotas=_quotas(request, agent, windows, now_s), replayed=True)
+        if isinstance(request.verdict, RateLimited):
+            raise request.verdict
+        if request.verdict is None and (refusal := windows.refusal(agent.limits, now_s)):
             window, retry_after_s = refusal
             raise RateLimited(window.value, retry_after_s, windows.quotas(agent.limits, now_s))
         budget = agent.budget
         account_key = ((agent.org_id, agent.id), budget.currency, budget_month(created_at))
         account = self._store.accounts.get(account_key, BudgetAccount())
         if not account.admits(budget):
-            raise BudgetExceeded(windows.quotas(agent.limits, now_s))
+            raise BudgetExceeded(_quotas(request, agent, windows, now_s))
         invocation = ExternalAgentInvocation(
             id=request.invocation_id,
             org_id=agent.org_id,
@@ -59,15 +61,16 @@ class MemoryLedger(InvocationLedger):
             trace_id=request.trace_id,
             created_at=created_at,
         )
-        windows = windows.taken()
-        self._store.windows[agent.org_id, agent.id] = windows
+        if request.verdict is None:
+            windows = windows.taken()
+            self._store.windows[agent.org_id, agent.id] = windows
         self._store.accounts[account_key] = account.reserve(invocation.reserved_amount)
         self._store.invocations_of(agent.org_id)[invocation.id] = invocation
         self._store.running[agent.org_id, invocation.id] = self._instance
         if request.idempotency_key is not None:
             entry = KeyEntry(request.request_hash, invocation.id, now_s)
             self._store.idempotency_keys[(agent.org_id, agent.id), request.idempotency_key] = entry
-        return Admission(invocation=invocation, quotas=windows.quotas(agent.limits, now_s))
+        return Admission(invocation=invocation, quotas=_quotas(request, agent, windows, now_s))
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
         """
@@ -162,3 +165,7 @@ class MemoryLedger(InvocationLedger):
     ) -> None:
         key = ((ended.org_id, ended.external_agent_id), currency, budget_month(ended.created_at))
         self._store.accounts[key] = self._store.accounts.get(key, BudgetAccount()).settle(released, charged)
+
+
+def _quotas(request: AdmissionRequest, agent: ExternalAgent, windows: RateWindows, now_s: float) -> RateQuotas:
+    return windows.quotas(agent.limits, now_s) if request.verdict is None else request.verdict.quotas

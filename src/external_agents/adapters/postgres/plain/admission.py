@@ -32,6 +32,7 @@ from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.rate_limit import RateQuotas, RateWindows, Window, limits_of
 from external_agents.domain.refusals import BudgetExceeded, RateLimited
 from external_agents.ports.ledger import Admission, AdmissionRequest
+from external_agents.ports.rate_limiter import Place
 
 # The windows' lock is the agent's gate: admissions and changes of the agent pass one by one, first come, first served.
 # The lock on the instance keeps recovery from taking this process for dead until this transaction has ended.
@@ -84,12 +85,7 @@ _reservation = (
     )
     .values(reserved=budgets.c.reserved + bindparam("new_reservation_amount"))
 )
-_RECORD = (
-    insert(invocations)
-    .values({name: bindparam(f"new_{name}") for name in (*INVOCATION_COLUMNS, "instance_id")})
-    .add_cte(_place.cte("place"))
-)
-_RESERVED_RECORD = _RECORD.add_cte(_reservation.cte("reservation"))
+_RECORD = insert(invocations).values({name: bindparam(f"new_{name}") for name in (*INVOCATION_COLUMNS, "instance_id")})
 
 
 @attrs.frozen
@@ -120,17 +116,19 @@ class _Limits:
     def quotas(self, windows: RateWindows) -> RateQuotas:
         return windows.quotas(self.limits, self.now_s)
 
-    def require_place(self) -> None:
+    def require_place(self, verdict: Place | RateLimited | None) -> None:
         """
         Raises:
-            RateLimited: A window is full.
+            RateLimited: A window is full; or the verdict itself.
             BudgetExceeded: The budget does not cover one more.
         """
-        if refusal := self.windows.refusal(self.limits, self.now_s):
+        if isinstance(verdict, RateLimited):
+            raise verdict
+        if verdict is None and (refusal := self.windows.refusal(self.limits, self.now_s)):
             window, retry_after_s = refusal
             raise RateLimited(window.value, retry_after_s, self.quotas(self.windows))
         if not self.account.admits(self.budget):
-            raise BudgetExceeded(self.quotas(self.windows))
+            raise BudgetExceeded(self.quotas(self.windows) if verdict is None else verdict.quotas)
 
 
 async def admit(connection: AsyncConnection, request: AdmissionRequest, instance_id: UUID) -> Admission:
@@ -138,8 +136,9 @@ async def admit(connection: AsyncConnection, request: AdmissionRequest, instance
     created_at = created_at_of(request.invocation_id)
     limits = await _limits_behind_gate(connection, request, instance_id)
     if first := await first_of_key(connection, request, limits.now):
-        return Admission(invocation=first, quotas=limits.quotas(limits.windows), replayed=True)
-    limits.require_place()
+        quotas = limits.quotas(limits.windows) if request.verdict is None else request.verdict.quotas
+        return Admission(invocation=first, quotas=quotas, replayed=True)
+    limits.require_place(request.verdict)
     windows = limits.windows.taken()
     per_invocation = limits.budget.per_invocation
     invocation = ExternalAgentInvocation(
@@ -153,9 +152,10 @@ async def admit(connection: AsyncConnection, request: AdmissionRequest, instance
         trace_id=request.trace_id,
         created_at=created_at,
     )
-    await _write(connection, invocation, windows, instance_id)
+    await _write(connection, invocation, windows if request.verdict is None else None, instance_id)
     await keep_key(connection, request, limits.now)
-    return Admission(invocation=invocation, quotas=limits.quotas(windows))
+    quotas = limits.quotas(windows) if request.verdict is None else request.verdict.quotas
+    return Admission(invocation=invocation, quotas=quotas)
 
 
 async def _limits_behind_gate(connection: AsyncConnection, request: AdmissionRequest, instance_id: UUID) -> _Limits:
@@ -182,15 +182,24 @@ async def _limits_behind_gate(connection: AsyncConnection, request: AdmissionReq
 
 
 async def _write(
-    connection: AsyncConnection, invocation: ExternalAgentInvocation, windows: RateWindows, instance_id: UUID
+    connection: AsyncConnection, invocation: ExternalAgentInvocation, windows: RateWindows | None, instance_id: UUID
 ) -> None:
-    """One statement for the place, the reservation and the record; all but the record are locked already."""
+    """
+    One statement for the place, the reservation and the record; all but the record are locked already.
+
+    Args:
+        windows: With the place taken; None: it was taken elsewhere.
+    """
     values = {
         **invocation_values(invocation),
-        **windows_values(windows),
+        **({} if windows is None else windows_values(windows)),
         "agent_id": invocation.external_agent_id,
         "instance_id": instance_id,
         "month": budget_month(invocation.created_at),
     }
-    statement = _RECORD if invocation.reservation is None else _RESERVED_RECORD
+    statement = _RECORD
+    if windows is not None:
+        statement = statement.add_cte(_place.cte("place"))
+    if invocation.reservation is not None:
+        statement = statement.add_cte(_reservation.cte("reservation"))
     await connection.execute(statement, {f"new_{name}": value for name, value in values.items()})
