@@ -13,13 +13,12 @@ from external_agents.application.access import Witness
 from external_agents.domain.access import Principal
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.auth import Credentials
-from external_agents.domain.errors import ExternalAgentsError, Unavailable
+from external_agents.domain.errors import ExternalAgentsError, NotFound, StaleVersion, Unavailable
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
 from external_agents.domain.rate_limit import RateQuotas
-from external_agents.domain.refusals import AdmissionRefused
 from external_agents.domain.retry import attempt_timeout_s, next_delay_s
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
-from external_agents.ports.observability import InvocationRecord
+from external_agents.ports.observability import AdmissionRecord, InvocationRecord
 from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentRequest, AgentTransport
 
@@ -103,6 +102,22 @@ class InvocationPipeline:
         self._tasks.start(self._run(assignment, answer))
         return await answer
 
+    def tell_refusal(
+        self, principal: Principal, agent: ExternalAgent, trace_id: str, refusal: ExternalAgentsError
+    ) -> None:
+        """Leave a record of what stands against an admission; not of an agent that has changed, or that is none."""
+        if isinstance(refusal, StaleVersion | NotFound):
+            return
+        self._witness(
+            InvocationRecord(
+                at=self._clock.now(),
+                principal=principal,
+                agent_id=agent.id,
+                trace_id=trace_id,
+                refusal=type(refusal).__name__,
+            )
+        )
+
     async def _run(self, assignment: Assignment, answer: asyncio.Future[Invoked]) -> None:
         try:
             await self._invoke(assignment, answer)
@@ -113,9 +128,12 @@ class InvocationPipeline:
         try:
             admission = await self._ledger.admit(assignment.request)
         except ExternalAgentsError as refusal:
-            self._tell_refusal(assignment, refusal)
+            self.tell_refusal(assignment.principal, assignment.agent, assignment.request.trace_id, refusal)
             _answer(answer, refusal)
             return
+        self._witness(
+            AdmissionRecord(at=self._clock.now(), principal=assignment.principal, invocation=admission.invocation)
+        )
         try:
             finished = await self._attempt(assignment, admission.invocation)
         except Exception:
@@ -179,18 +197,6 @@ class InvocationPipeline:
             )
         )
         return outcome, Attempt.of(outcome, at, round((self._clock.monotonic_s() - began_s) * 1000))
-
-    def _tell_refusal(self, assignment: Assignment, refusal: ExternalAgentsError) -> None:
-        if isinstance(refusal, AdmissionRefused):
-            self._witness(
-                InvocationRecord(
-                    at=self._clock.now(),
-                    principal=assignment.principal,
-                    agent_id=assignment.agent.id,
-                    trace_id=assignment.request.trace_id,
-                    refusal=type(refusal).__name__,
-                )
-            )
 
     async def _settle(
         self, running: ExternalAgentInvocation, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]

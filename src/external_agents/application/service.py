@@ -303,7 +303,9 @@ class ExternalAgentService:
                 return await self._pipeline.carry_out(assignment)
             except StaleVersion:
                 continue
-        raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
+        refusal = Unavailable("The agent, changed by others all the time,", retry_after_s=1)
+        self._pipeline.tell_refusal(principal, agent, trace_id, refusal)
+        raise refusal
 
     async def check_rate_limit(self, principal: Principal, agent_id: AgentId) -> bool:
         """
@@ -422,7 +424,9 @@ class ExternalAgentService:
             raise ValidationError([Fault("trace_id", "must be 32 lower-case hex digits, not all zero")])
         request = payload if isinstance(payload, JsonText) else JsonText.of(payload)
         if agent.status is AgentStatus.INACTIVE:
-            raise AgentInactive
+            refusal = AgentInactive()
+            self._pipeline.tell_refusal(principal, agent, trace_id, refusal)
+            raise refusal
         return AdmissionRequest(
             invocation_id=self._ids.new_id(),
             agent=agent,
