@@ -77,12 +77,12 @@ class Api:
             observability=MemoryObservability(),
             url_rules=EgressPolicy(),
         )
+        known = {"readiness": self._readiness, "metrics": lambda: ("text/plain", b"# nothing\n")}
         self.app = create_app(
             self.service,
             authenticator=self.authenticator,
-            readiness=self._readiness,
             body_limit_bytes=BODY_LIMIT_BYTES,
-            **options,
+            **{**known, **options},
         )
         self.key = self.key_for("acme")
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://api.test")

@@ -15,14 +15,15 @@ import attrs
 import pytest
 import structlog
 
-from external_agents.adapters.telemetry import StructlogObservability, configure_logging, logging_config
+from external_agents.adapters.telemetry import FanOut, StructlogObservability, configure_logging, logging_config
 from external_agents.domain.access import Action
 from external_agents.domain.budget import Money
 from external_agents.domain.errors import ConfigurationError
 from external_agents.domain.invocation import Attempt, ErrorCode, InvocationStatus, Outcome
 from external_agents.domain.json_values import JsonText
-from external_agents.ports.observability import DecisionRecord, InvocationRecord, Record
+from external_agents.ports.observability import AdmissionRecord, BatchRecord, DecisionRecord, InvocationRecord, Record
 from external_agents.testing.builders import make_agent, make_finished_call, principal_of
+from external_agents.testing.fakes import RecordingObservability
 
 NOW = datetime(2026, 3, 10, 12, tzinfo=UTC)
 AGENT = make_agent(org_id="acme")
@@ -132,6 +133,29 @@ def test_a_refused_invocation_is_one_event() -> None:
         "trace_id": "ab" * 16,
         "refusal": "RateLimited",
     }
+
+
+def test_an_admission_is_no_event() -> None:
+    invocation = ended().invocation
+    assert invocation
+    with structlog.testing.capture_logs() as events:
+        StructlogObservability()(AdmissionRecord(at=NOW, principal=principal_of("acme"), invocation=invocation))
+    assert events == []
+
+
+def test_a_batch_is_one_event() -> None:
+    batch = {"admissions": 3, "settlements": 2, "waiting": 1, "duration_s": 0.004}
+    assert event_of(BatchRecord(**batch)) == {"event": "batch", "log_level": "debug", **batch}
+
+
+def test_one_observer_that_fails_does_not_silence_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(record: Record) -> None:
+        raise RuntimeError("observer")
+
+    first, last = RecordingObservability(), RecordingObservability()
+    FanOut(first, broken, last)(decision())
+    assert first.records == last.records == [decision()]
+    assert "ObservabilityManager failed on a DecisionRecord" in caplog.text
 
 
 def test_neither_payload_nor_answer_nor_an_agents_words_are_written() -> None:

@@ -173,7 +173,7 @@ async def test_404_of_invocations(scene: Scene) -> None:
         assert answer.json()["detail"] == "No such invocation."
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/api", f"{AGENTS}x", f"{AGENTS}/{UNKNOWN_ID}/nope", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/nope", "/api", f"{AGENTS}x", f"{AGENTS}/{UNKNOWN_ID}/nope", "/metrics/x"])
 async def test_404_where_nothing_is(scene: Scene, path: str) -> None:
     for key in (None, ""):
         assert is_problem(await scene.api.call("GET", path, key=key), 404, "no-such-route")

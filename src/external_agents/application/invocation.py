@@ -14,21 +14,17 @@ from external_agents.application.access import Witness
 from external_agents.domain.access import Principal
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.auth import Credentials
-from external_agents.domain.errors import ExternalAgentsError, Unavailable
+from external_agents.domain.errors import ExternalAgentsError, NotFound, StaleVersion, Unavailable
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
 from external_agents.domain.rate_limit import RateQuotas
-from external_agents.domain.refusals import AdmissionRefused, IdempotencyKeyInFlight, IdempotencyKeyReused
 from external_agents.domain.retry import attempt_timeout_s, next_delay_s
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
-from external_agents.ports.observability import REPLAYED, InvocationRecord
+from external_agents.ports.observability import REPLAYED, AdmissionRecord, InvocationRecord
 from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentRequest, AgentTransport
 
 SETTLE_PATIENCE_S = 5.0
 """How long a caller waits for a settlement that fails or hangs; the settlement itself is tried until it is stored."""
-
-_TOLD = (AdmissionRefused, IdempotencyKeyReused, IdempotencyKeyInFlight)
-"""Refusals that have to do with other invocations, and so are worth knowing of."""
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +114,14 @@ class InvocationPipeline:
         self._tasks.start(self._run(assignment, answer))
         return await answer
 
+    def tell_refusal(self, principal: Principal, agent_id: UUID, trace_id: str, refusal: str) -> None:
+        """Leave a record of what stands against an admission."""
+        self._witness(
+            InvocationRecord(
+                at=self._clock.now(), principal=principal, agent_id=agent_id, trace_id=trace_id, refusal=refusal
+            )
+        )
+
     async def _run(self, assignment: Assignment, answer: asyncio.Future[Invoked]) -> None:
         try:
             await self._invoke(assignment, answer)
@@ -128,7 +132,7 @@ class InvocationPipeline:
         try:
             admission = await self._ledger.admit(assignment.request)
         except ExternalAgentsError as refusal:
-            if isinstance(refusal, _TOLD):
+            if not isinstance(refusal, StaleVersion | NotFound):  # It is decided on anew; it is none.
                 self._tell_refusal(assignment, type(refusal).__name__)
             _answer(answer, refusal)
             return
@@ -136,6 +140,9 @@ class InvocationPipeline:
             self._tell_refusal(assignment, REPLAYED)
             _answer(answer, Invoked(admission.invocation, admission.quotas, replayed=True))
             return
+        self._witness(
+            AdmissionRecord(at=self._clock.now(), principal=assignment.principal, invocation=admission.invocation)
+        )
         try:
             finished = await self._attempt(assignment, admission.invocation)
         except Exception:
@@ -201,15 +208,7 @@ class InvocationPipeline:
         return outcome, Attempt.of(outcome, at, round((self._clock.monotonic_s() - began_s) * 1000))
 
     def _tell_refusal(self, assignment: Assignment, refusal: str) -> None:
-        self._witness(
-            InvocationRecord(
-                at=self._clock.now(),
-                principal=assignment.principal,
-                agent_id=assignment.agent.id,
-                trace_id=assignment.request.trace_id,
-                refusal=refusal,
-            )
-        )
+        self.tell_refusal(assignment.principal, assignment.agent.id, assignment.request.trace_id, refusal)
 
     async def _settle(
         self, running: ExternalAgentInvocation, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]

@@ -25,12 +25,12 @@ from external_agents.application.parameters import (
 from external_agents.application.records import finished_call
 from external_agents.application.registration import Registrar
 from external_agents.application.usage import Usage, usage_of
-from external_agents.application.visible_agents import VisibleAgents
+from external_agents.application.visible_agents import VisibleAgents, id_of
 from external_agents.domain.access import Action, Principal
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.egress import UrlRules
-from external_agents.domain.errors import AgentNotFound, StaleVersion, Unavailable
+from external_agents.domain.errors import AgentInactive, AgentNotFound, StaleVersion, Unavailable
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText, JsonValue
 from external_agents.ports.identity import Authenticator
@@ -314,7 +314,11 @@ class ExternalAgentService:
         )
         prepare = partial(self._assignment, principal, asked)
         for _ in range(_RACES_MAX):
-            assignment = await self._known.to_invoke(principal, agent_id, prepare)
+            try:
+                assignment = await self._known.to_invoke(principal, agent_id, prepare)
+            except AgentInactive as refusal:
+                self._pipeline.tell_refusal(principal, id_of(agent_id), asked.trace_id, type(refusal).__name__)
+                raise
             try:
                 return await self._pipeline.carry_out(assignment)
             except StaleVersion:
@@ -322,6 +326,7 @@ class ExternalAgentService:
             except AgentNotFound:
                 self._known.forget(assignment.agent)
                 raise
+        self._pipeline.tell_refusal(principal, assignment.agent.id, asked.trace_id, Unavailable.__name__)
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
     async def check_rate_limit(self, principal: Principal, agent_id: AgentId) -> bool:

@@ -37,6 +37,15 @@ REPLAYED = "Replayed"
 
 
 @attrs.frozen(kw_only=True)
+class AdmissionRecord:
+    """An invocation that was admitted: it is recorded, its cost is reserved, and nothing has been sent yet."""
+
+    at: datetime
+    principal: Principal
+    invocation: ExternalAgentInvocation
+
+
+@attrs.frozen(kw_only=True)
 class InvocationRecord:
     """
     An invocation as it ended; or, with `refusal`, a request for one that was not admitted.
@@ -47,7 +56,8 @@ class InvocationRecord:
     The payload and the answer are within `invocation`; an adapter that writes them anywhere takes on their secrecy.
 
     Attributes:
-        refusal: The name of the error that stood against it (`RateLimited`), or `REPLAYED`.
+        refusal: The name of the error that stood against it (`RateLimited`, `AgentInactive`, `Unavailable`, …), or
+            `REPLAYED`.
     """
 
     at: datetime
@@ -76,12 +86,13 @@ class BatchRecord:
     duration_s: float
 
 
-Record: TypeAlias = DecisionRecord | InvocationRecord | BatchRecord
+Record: TypeAlias = DecisionRecord | AdmissionRecord | InvocationRecord | BatchRecord
 
 
 class ObservabilityManager(Protocol):
     """
-    One callable that takes one frozen record per decision, per invocation and per batch of the ledger's.
+    One callable that takes one frozen record per decision, per admission, per invocation that ended or was refused, and
+    per batch of the ledger's. Other kinds of record may come with later versions: leave alone what you do not know.
 
     It is called on the event loop, after the fact is durable: it returns at once and queues what takes longer. What it
     raises is logged and changes nothing.

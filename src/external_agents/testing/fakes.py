@@ -11,7 +11,13 @@ from uuid import UUID
 
 from external_agents.domain.ids import first_id_at
 from external_agents.domain.invocation import Outcome
-from external_agents.ports.observability import DecisionRecord, InvocationRecord, ObservabilityManager, Record
+from external_agents.ports.observability import (
+    AdmissionRecord,
+    DecisionRecord,
+    InvocationRecord,
+    ObservabilityManager,
+    Record,
+)
 from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentRequest, AgentTransport
 from external_agents.testing.builders import answered
@@ -115,6 +121,10 @@ class RecordingObservability(ObservabilityManager):
     @property
     def decisions(self) -> list[DecisionRecord]:
         return [record for record in self.records if isinstance(record, DecisionRecord)]
+
+    @property
+    def admissions(self) -> list[AdmissionRecord]:
+        return [record for record in self.records if isinstance(record, AdmissionRecord)]
 
     @property
     def invocations(self) -> list[InvocationRecord]:

@@ -14,10 +14,12 @@ import pytest
 
 from external_agents import (
     AgentInactive,
+    AgentNotFound,
     BudgetExceeded,
     ErrorCode,
     ExternalAgent,
     ExternalAgentInvocation,
+    ExternalAgentsError,
     ExternalAgentService,
     InvocationStatus,
     JsonText,
@@ -34,7 +36,10 @@ from external_agents.application.invocation import SETTLE_PATIENCE_S, Assignment
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.auth import FixedHeaders
 from external_agents.domain.budget import BudgetAccount
+from external_agents.domain.errors import AdmissionInDoubt
 from external_agents.domain.ids import created_at_of
+from external_agents.domain.rate_limit import RateQuotas
+from external_agents.domain.refusals import IdempotencyKeyInFlight, IdempotencyKeyReused
 from external_agents.ports.ledger import HEARTBEAT_S, Admission, AdmissionRequest
 from external_agents.ports.transport import AgentRequest
 from external_agents.testing.builders import (
@@ -424,6 +429,7 @@ class TestRefusals:
             await world.service.invoke(ALICE, agent.id, None)
         assert not world.transport.requests
         assert not world.store.invocations_of("acme")
+        assert [record.refusal for record in world.observability.invocations] == ["AgentInactive"]
 
     async def test_refusals_and_ends_are_told(self, world: World) -> None:
         agent = await world.agent(rate_limit_config={"requests_per_minute": 1})
@@ -433,6 +439,57 @@ class TestRefusals:
         ended, refusal = world.observability.invocations
         assert (ended.invocation, ended.refusal, ended.trace_id) == (invocation, None, invocation.trace_id)
         assert (refusal.invocation, refusal.refusal, refusal.agent_id) == (None, "RateLimited", agent.id)
+
+    async def test_an_admission_is_told_before_anything_is_sent(self, world: World) -> None:
+        agent = await world.agent(budget_config=RESERVED)
+        gate = Gate()
+        world.transport.script.append(gate)
+        call = asyncio.create_task(world.service.invoke_agent(ALICE, agent.id, None))
+        await gate.entered.wait()
+        [admitted] = world.observability.admissions
+        assert (admitted.principal, admitted.invocation.status) == (ALICE, InvocationStatus.RUNNING)
+        assert admitted.invocation.reservation == Money(Decimal("0.1"), "USD")
+        assert not world.observability.invocations
+        gate.opened.set()
+        assert (await call).id == admitted.invocation.id
+        assert len(world.observability.admissions) == len(world.observability.invocations) == 1
+
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            AgentInactive(),
+            IdempotencyKeyReused(),
+            IdempotencyKeyInFlight(),
+            BudgetExceeded(RateQuotas()),
+            Unavailable("The ledger"),
+            AdmissionInDoubt("The ledger"),
+        ],
+        ids=lambda refusal: type(refusal).__name__,
+    )
+    async def test_every_refusal_is_told(self, world: World, refusal: ExternalAgentsError) -> None:
+        agent = await world.agent()
+
+        async def refuse() -> None:
+            raise refusal
+
+        world.ledger.before_admit = refuse
+        with pytest.raises(type(refusal)):
+            await world.service.invoke(ALICE, agent.id, None, trace_id="ab" * 16)
+        [told] = world.observability.invocations
+        assert (told.principal, told.agent_id, told.trace_id) == (ALICE, agent.id, "ab" * 16)
+        assert (told.invocation, told.refusal) == (None, type(refusal).__name__)
+        assert not world.observability.admissions
+
+    async def test_an_agent_that_is_none_is_no_refusal(self, world: World) -> None:
+        agent = await world.agent()
+
+        async def delete() -> None:
+            raise AgentNotFound
+
+        world.ledger.before_admit = delete
+        with pytest.raises(AgentNotFound):
+            await world.service.invoke(ALICE, agent.id, None)
+        assert not world.observability.invocations
 
     async def test_an_agent_that_changes_meanwhile_is_decided_on_anew(self, world: World) -> None:
         agent = await world.agent()
@@ -445,6 +502,7 @@ class TestRefusals:
         await world.invoked(agent)
         assert [request.url for request in world.transport.requests] == ["https://new.example.com/"]
         assert len(world.store.invocations_of("acme")) == 1
+        assert [record.refusal for record in world.observability.invocations] == [None]
 
     async def test_an_agent_that_changes_all_the_time(self, world: World) -> None:
         agent = await world.agent()
@@ -457,6 +515,7 @@ class TestRefusals:
             await world.service.invoke(ALICE, agent.id, None)
         assert raised.value.invocation_id is None
         assert not world.store.invocations_of("acme")
+        assert [record.refusal for record in world.observability.invocations] == ["Unavailable"]
 
 
 class TestCallersWhoGoAway:

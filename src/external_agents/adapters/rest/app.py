@@ -16,6 +16,7 @@ from external_agents.adapters.rest.docs import documentation_routes
 from external_agents.adapters.rest.errors import answer_error
 from external_agents.adapters.rest.health import Health, Readiness, Ready, always_ready
 from external_agents.adapters.rest.incoming import Incoming, incoming_of
+from external_agents.adapters.rest.metrics import Exposition, Metrics, RequestObserver, Tally
 from external_agents.adapters.rest.openapi import openapi_document
 from external_agents.adapters.rest.resources import Resource, api_routes
 from external_agents.application.service import ExternalAgentService
@@ -37,6 +38,8 @@ def create_app(
     readiness: Readiness = always_ready,
     body_limit_bytes: int = BODY_LIMIT_BYTES,
     log_context: LogContext = lambda **ids: nullcontext(),
+    metrics: Exposition | None = None,
+    on_request: RequestObserver = lambda method, route, status, duration_s: None,
 ) -> falcon.asgi.App[Request, Response]:
     """
     The API, its documentation and its health, as an ASGI app. It also mounts inside FastAPI or Starlette.
@@ -48,6 +51,8 @@ def create_app(
         readiness: What `/readyz` asks: each thing that the service stands on, and what is wrong with it, or None.
         body_limit_bytes: The largest body of a request.
         log_context: Entered around every request with its ids.
+        metrics: What `/metrics` shows to anybody; without it there is no such route.
+        on_request: Told of every request.
 
     Raises:
         ConfigurationError: Nobody recognises callers, or the files of the documentation page are not installed.
@@ -55,7 +60,7 @@ def create_app(
     authenticator = authenticator or service.authenticator
     if authenticator is None:
         raise ConfigurationError("The API needs an authenticator: the service has none, and none was given.")
-    app = _App(body_limit_bytes, log_context, middleware=[_Guard(authenticator), _CommonHeaders()])
+    app = _App(body_limit_bytes, log_context, on_request, middleware=[_Guard(authenticator), _CommonHeaders()])
     app.req_options.strip_url_path_trailing_slash = True
     app.resp_options.default_media_type = falcon.MEDIA_JSON
     app.add_error_handler(Exception, answer_error)
@@ -64,8 +69,10 @@ def create_app(
         **api_routes(service),
         "/healthz": Health(),
         "/readyz": Ready(readiness),
-        **documentation_routes(openapi_document(service.catalog)),
+        **documentation_routes(openapi_document(service.catalog, has_metrics=metrics is not None)),
     }
+    if metrics is not None:
+        routes["/metrics"] = Metrics(metrics)
     for template, resource in routes.items():
         app.add_route(template, resource)
     return app
@@ -74,16 +81,23 @@ def create_app(
 class _App(falcon.asgi.App[Request, Response]):
     """Falcon's app, with what has to happen before it sees a request and after it has answered."""
 
-    def __init__(self, body_limit_bytes: int, log_context: LogContext, *, middleware: list[Any]) -> None:
+    def __init__(
+        self, body_limit_bytes: int, log_context: LogContext, on_request: RequestObserver, *, middleware: list[Any]
+    ) -> None:
         super().__init__(middleware=middleware)
         self._body_limit_bytes = body_limit_bytes
         self._log_context = log_context
+        self._on_request = on_request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
         if scope["type"] == "http":
             incoming = Incoming(scope, receive, self._body_limit_bytes)
+            tally = Tally(self._on_request, incoming, send)
             with self._log_context(request_id=incoming.request_id, trace_id=incoming.trace_id):
-                await super().__call__(incoming.enter(_mended(scope)), incoming.body.opening, send)
+                try:
+                    await super().__call__(incoming.enter(_mended(scope)), incoming.body.opening, tally.send)
+                finally:
+                    tally.end()
             await incoming.body.drain()
         elif scope["type"] == "websocket":
             await receive()
@@ -115,10 +129,14 @@ class _Guard:
         self._authenticator = authenticator
 
     async def process_resource(self, req: Request, resp: Response, resource: Resource, params: dict[str, Any]) -> None:
+        incoming = incoming_of(req)
+        incoming.route = req.uri_template
+        is_allowed = req.method in resource.methods or req.method == "OPTIONS"
+        if is_allowed:
+            incoming.method = req.method
         if not resource.is_open:
-            incoming = incoming_of(req)
             incoming.principal = await self._authenticator.authenticate(incoming.bearer_token())
-        if req.method not in resource.methods and req.method != "OPTIONS":
+        if not is_allowed:
             raise falcon.HTTPMethodNotAllowed(resource.methods)
 
 

@@ -31,13 +31,17 @@ class Incoming:
         request_id: The caller's X-Request-Id where it has a sane one, else a new one.
         trace_id: Of the caller's traceparent where it has a valid one, else a new one.
         principal: Who is asking, once that is known.
+        route: The template of the route that it matched, once that is known.
+        method: Its method, once it is known to be one that the route has.
     """
 
-    __slots__ = ("_authorizations", "body", "principal", "request_id", "trace_id")
+    __slots__ = ("_authorizations", "body", "method", "principal", "request_id", "route", "trace_id")
 
     def __init__(self, scope: Scope, receive: Receive, body_limit_bytes: int) -> None:
         self.body = RequestBody(scope, receive, body_limit_bytes)
         self.principal: Principal | None = None
+        self.route: str | None = None
+        self.method: str | None = None
         request_ids: list[bytes] = []
         traceparents: list[bytes] = []
         self._authorizations: list[bytes] = []

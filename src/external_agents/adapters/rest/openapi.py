@@ -30,7 +30,11 @@ Every answer carries `X-Request-Id`: the caller's own where it sent one (up to 1
 """
 
 
-def openapi_document(catalog: Catalog) -> Document:
+def openapi_document(catalog: Catalog, *, has_metrics: bool = True) -> Document:
+    """`has_metrics`: whether the service that it describes shows them."""
+    described = paths(catalog)
+    if not has_metrics:
+        del described["/metrics"]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -45,7 +49,7 @@ def openapi_document(catalog: Catalog) -> Document:
             {"name": "invocations", "description": "Calling agents, and the record of it."},
             {"name": "service", "description": "Open to anybody."},
         ],
-        "paths": paths(catalog),
+        "paths": described,
         "components": {
             "securitySchemes": {
                 "bearer": {

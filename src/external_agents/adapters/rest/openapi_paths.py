@@ -58,6 +58,7 @@ def paths(catalog: Catalog) -> Document:
         },
         "/healthz": {"get": open_to_all("health", "Whether the process lives", object_of(status={"const": "ok"}))},
         "/readyz": {"get": _ready()},
+        "/metrics": {"get": page("metrics", "What was counted and measured, for Prometheus to fetch", "text/plain")},
         "/openapi.json": {"get": open_to_all("openapi", "This document", {"type": "object"})},
         "/docs": {"get": page("docs", "This document, to read and to try out", "text/html")},
         "/docs/{name}": {

@@ -1,6 +1,7 @@
-"""What happened, as structured log lines on stderr."""
+"""What happened, as structured log lines on stderr, and as metrics for Prometheus."""
 
+from external_agents.adapters.telemetry.fan_out import FanOut
 from external_agents.adapters.telemetry.logging_setup import configure_logging, logging_config
 from external_agents.adapters.telemetry.records import StructlogObservability
 
-__all__ = ["StructlogObservability", "configure_logging", "logging_config"]
+__all__ = ["FanOut", "StructlogObservability", "configure_logging", "logging_config"]

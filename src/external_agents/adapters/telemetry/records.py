@@ -9,7 +9,7 @@ import attrs
 import structlog
 
 from external_agents.domain.access import Principal
-from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
+from external_agents.domain.invocation import InvocationStatus
 from external_agents.ports.observability import (
     BatchRecord,
     DecisionRecord,
@@ -31,6 +31,7 @@ class StructlogObservability(ObservabilityManager):
     | invocation: succeeded / ended otherwise | `invocation` | info / warning |
     | invocation that was not admitted | `invocation_refused` | info |
     | batch of the ledger's | `batch` | debug |
+    | admission: its invocation's end tells more | none | |
 
     Written are ids, names of fields' values that this service gave, costs and durations; never a payload, an answer,
     or a message that an agent had a part in.
@@ -40,14 +41,12 @@ class StructlogObservability(ObservabilityManager):
         self._log = structlog.stdlib.get_logger(LOGGER_NAME) if structlog.is_configured() else _hosts_logger()
 
     def __call__(self, record: Record) -> None:
-        if isinstance(record, BatchRecord):
-            self._log.debug("batch", **attrs.asdict(record))
+        if isinstance(record, InvocationRecord):
+            self._invocation(record)
         elif isinstance(record, DecisionRecord):
             self._decision(record)
-        elif record.invocation is not None:
-            self._invocation(record, record.invocation)
-        else:
-            self._log.info("invocation_refused", refusal=record.refusal, **_call(record))
+        elif isinstance(record, BatchRecord):
+            self._log.debug("batch", **attrs.asdict(record))
 
     def _decision(self, record: DecisionRecord) -> None:
         unremarkable = record.allowed or record.filters
@@ -62,7 +61,11 @@ class StructlogObservability(ObservabilityManager):
             errors=list(record.errors),
         )
 
-    def _invocation(self, record: InvocationRecord, invocation: ExternalAgentInvocation) -> None:
+    def _invocation(self, record: InvocationRecord) -> None:
+        invocation = record.invocation
+        if invocation is None:
+            self._log.info("invocation_refused", refusal=record.refusal, **_call(record))
+            return
         write = self._log.info if invocation.status is InvocationStatus.SUCCEEDED else self._log.warning
         write(
             "invocation",

@@ -1,0 +1,209 @@
+"""Records and requests as metrics, for Prometheus to fetch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Metric as Family
+from prometheus_client.registry import Collector
+from prometheus_client.values import MutexValue, ValueClass
+
+from external_agents.adapters.telemetry import metrics
+from external_agents.adapters.telemetry.worker_files import FOLDER_VARIABLE, WorkerFiles
+from external_agents.domain.errors import ConfigurationError
+from external_agents.domain.invocation import Attempt
+from external_agents.ports.observability import (
+    AdmissionRecord,
+    BatchRecord,
+    DecisionRecord,
+    InvocationRecord,
+    ObservabilityManager,
+    Record,
+)
+
+S = TypeVar("S")
+
+
+class PrometheusObservability(ObservabilityManager, Collector):
+    """
+    Counts what it is told, in the metrics of `adapters.telemetry.metrics`.
+
+    `exposition` tells the figures of this process. With PROMETHEUS_MULTIPROC_DIR in the environment before
+    `prometheus_client` is imported, it tells those of all processes that share that folder; one such object a process
+    then, for its figures go on where those of the one before it ended. It is also a collector: a host registers it with
+    a registry of its own.
+
+    Raises:
+        ConfigurationError: The variable names no folder that can be written to.
+    """
+
+    def __init__(self) -> None:
+        shared = ValueClass is not MutexValue  # The library decided that when it was imported.
+        if shared and not os.environ[FOLDER_VARIABLE]:
+            raise ConfigurationError(f"{FOLDER_VARIABLE} is empty: unset it, or let it name a folder.")
+        registry = CollectorRegistry()
+        try:
+            self._build(registry)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{FOLDER_VARIABLE} must name a folder that this process can write to: {error.strerror}."
+            ) from error
+        self._source = WorkerFiles(Path(os.environ[FOLDER_VARIABLE])) if shared else _WithoutCreated(registry)
+
+    def _build(self, registry: CollectorRegistry) -> None:
+        self._requests = _counters(metrics.REQUESTS, registry)
+        self._request_durations = _histograms(metrics.REQUEST_DURATION, registry)
+        self._admissions = _counter(metrics.ADMISSIONS, registry)
+        self._refusals = _counters(metrics.REFUSED, registry)
+        self._running = _gauge(metrics.RUNNING, registry)
+        self._ended = _counters(metrics.ENDED, registry)
+        self._attempts = _counters(metrics.ATTEMPTS, registry)
+        self._attempt_durations = _histogram(metrics.ATTEMPT_DURATION, registry)
+        self._reservations = _counters(metrics.RESERVATIONS, registry)
+        self._decisions = _counters(metrics.DECISIONS, registry)
+        self._batch_items = _histograms(metrics.BATCH_ITEMS, registry)
+        self._batch_durations = _histogram(metrics.BATCH_DURATION, registry)
+        self._queue = _gauge(metrics.QUEUE, registry)
+        self._errors = _counter(metrics.ERRORS, registry)
+
+    def __call__(self, record: Record) -> None:
+        if isinstance(record, InvocationRecord):
+            self._invocation(record)
+        elif isinstance(record, DecisionRecord):
+            self._decision(record)
+        elif isinstance(record, AdmissionRecord):
+            self._admission(record)
+        elif isinstance(record, BatchRecord):
+            self._batch(record)
+
+    def request(self, method: str, route: str | None, status: int | None, duration_s: float) -> None:
+        """
+        Count a request to the API.
+
+        Args:
+            method: One of few.
+            route: The template that it matched, never the path; None: none.
+            status: None: there was no answer.
+        """
+        path = route or metrics.OTHER
+        self._requests[method, path, metrics.NONE if status is None else str(status)].inc()
+        self._request_durations[method, path].observe(duration_s)
+
+    @contextmanager
+    def counting_errors(self) -> Iterator[None]:
+        """For the length of the block, count what is logged with the level error or above, by whatever logger."""
+        handler = _ErrorCounter(self._errors.inc)
+        logging.getLogger().addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(handler)
+
+    def collect(self) -> Iterable[Family]:
+        return sorted(self._source.collect(), key=lambda family: family.name)
+
+    def exposition(self) -> tuple[str, bytes]:
+        """The media type and the text of all figures, in Prometheus's text format; safe to call from any thread."""
+        return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self)
+
+    def _admission(self, record: AdmissionRecord) -> None:
+        self._admissions.inc()
+        self._running.inc()
+        if record.invocation.reservation is not None:
+            self._reservations["made",].inc()
+
+    def _invocation(self, record: InvocationRecord) -> None:
+        invocation = record.invocation
+        if invocation is None:
+            reason = record.refusal if record.refusal in metrics.REFUSALS else metrics.OTHER
+            self._refusals[reason,].inc()
+            return
+        self._running.dec()
+        self._ended[invocation.status.value, invocation.error_code or metrics.NONE].inc()
+        for attempt in invocation.attempts:
+            self._attempts[_outcome(attempt),].inc()
+            self._attempt_durations.observe(attempt.duration_ms / 1000)
+        if invocation.reservation is not None:
+            self._reservations["released" if invocation.cost is None else "charged",].inc()
+            if invocation.cost_overrun:
+                self._reservations["overrun",].inc()
+
+    def _decision(self, record: DecisionRecord) -> None:
+        if not record.filters:
+            outcome = "failed" if record.errors else "allowed" if record.allowed else "denied"
+            self._decisions[record.action.value, outcome].inc()
+
+    def _batch(self, record: BatchRecord) -> None:
+        self._batch_items["admissions",].observe(record.admissions)
+        self._batch_items["settlements",].observe(record.settlements)
+        self._batch_durations.observe(record.duration_s)
+        self._queue.set(record.waiting)
+
+
+class _Series(dict[metrics.Values, S], Generic[S]):
+    """The series of a metric by the values of its labels; finding one again costs a look-up."""
+
+    def __init__(self, metric: metrics.Metric, make: Callable[..., S]) -> None:
+        super().__init__()
+        self._make = make
+        for values in metric.series:
+            self[values]  # It is there, at 0, before its first event: else a rate misses that.
+
+    def __missing__(self, values: metrics.Values) -> S:
+        series = self[values] = self._make(*values)
+        return series
+
+
+class _WithoutCreated(Collector):
+    """A registry without the times at which its series were made: they double them, and are lost across processes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Family]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+
+class _ErrorCounter(logging.Handler):
+    def __init__(self, count: Callable[[], None]) -> None:
+        super().__init__(logging.ERROR)
+        self._count = count
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._count()
+
+
+def _outcome(attempt: Attempt) -> str:
+    if attempt.error is not None:
+        return attempt.error.value
+    number = (attempt.status or 0) // 100
+    return metrics.STATUS_CLASSES[number - 1] if 1 <= number <= len(metrics.STATUS_CLASSES) else metrics.OTHER
+
+
+def _counter(metric: metrics.Metric, registry: CollectorRegistry) -> Counter:
+    return Counter(metric.name, metric.meaning, metric.labels, registry=registry)
+
+
+def _counters(metric: metrics.Metric, registry: CollectorRegistry) -> _Series[Counter]:
+    return _Series(metric, _counter(metric, registry).labels)
+
+
+def _gauge(metric: metrics.Metric, registry: CollectorRegistry) -> Gauge:
+    """Across processes, the sum over those that live."""
+    return Gauge(metric.name, metric.meaning, metric.labels, registry=registry, multiprocess_mode="livesum")
+
+
+def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram:
+    return Histogram(metric.name, metric.meaning, metric.labels, registry=registry, buckets=metric.buckets)
+
+
+def _histograms(metric: metrics.Metric, registry: CollectorRegistry) -> _Series[Histogram]:
+    return _Series(metric, _histogram(metric, registry).labels)
