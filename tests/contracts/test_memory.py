@@ -17,6 +17,7 @@ from external_agents.adapters.memory import (
 )
 from external_agents.domain.access import Principal
 from external_agents.testing.fakes import FakeClock
+from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract, AuthenticatorContract, Issue
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
@@ -29,6 +30,14 @@ from external_agents.testing.stores import PassTime, Store
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+@pytest.fixture
+def pass_time(clock: FakeClock) -> PassTime:
+    async def pass_time(seconds: float) -> None:
+        clock.advance(seconds)
+
+    return pass_time
 
 
 @pytest.fixture
@@ -62,12 +71,11 @@ class TestMemoryLedger(LedgerContract):
 
 
 class TestMemoryLedgerOverTime(LedgerTimeContract):
-    @pytest.fixture
-    def pass_time(self, clock: FakeClock) -> PassTime:
-        async def pass_time(seconds: float) -> None:
-            clock.advance(seconds)
+    pass
 
-        return pass_time
+
+class TestMemoryIdempotency(IdempotencyContract):
+    pass
 
 
 class TestMemoryApiKeyStore(ApiKeyStoreContract):

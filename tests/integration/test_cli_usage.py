@@ -15,7 +15,7 @@ from serve import home_folder, run
 COMMANDS = [
     *(["serve"], ["migrate"], ["check"], ["invoke"]),
     *(["keys", name] for name in ("create", "list", "revoke")),
-    *(["agents", name] for name in ("create", "list", "show", "update", "delete")),
+    *(["agents", name] for name in ("create", "list", "show", "update", "delete", "usage")),
     *(["invocations", name] for name in ("list", "show")),
 ]
 UNKNOWN_ID = "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13"

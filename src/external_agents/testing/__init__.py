@@ -14,5 +14,8 @@ Every test works in organisations of its own, so one store may serve all of them
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{suite}" for suite in ("identity", "ledger", "ledger_time", "policy", "repositories", "secrets"))
+    *(
+        f"{__name__}.{suite}"
+        for suite in ("idempotency", "identity", "ledger", "ledger_time", "policy", "repositories", "secrets")
+    )
 )

@@ -7,10 +7,11 @@ from uuid import UUID, uuid4
 
 import attrs
 
-from external_agents.adapters.memory.store import MemoryStore
+from external_agents.adapters.memory.store import KeyEntry, MemoryStore
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.budget import BudgetAccount, Money, budget_month
 from external_agents.domain.errors import AgentInactive, AgentNotFound, InvocationNotFound, StaleVersion
+from external_agents.domain.idempotency import KEPT_FOR, replayed
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.rate_limit import RateWindows
@@ -23,7 +24,8 @@ class MemoryLedger(InvocationLedger):
     """
     The ledger of one instance on a shared store. No operation awaits anything, so each is atomic on its event loop.
 
-    Windows and leases follow the clock's monotonic time, months its time of day.
+    Windows, leases and idempotency keys follow the clock's monotonic time, months its time of day. An expired key stays
+    until it comes again.
     """
 
     def __init__(self, store: MemoryStore, clock: Clock) -> None:
@@ -36,6 +38,8 @@ class MemoryLedger(InvocationLedger):
         created_at = created_at_of(request.invocation_id)
         now_s = self._clock.monotonic_s()
         windows = self._windows(agent, now_s)
+        if first := self._first_of_key(request, now_s):
+            return Admission(invocation=first, quotas=windows.quotas(agent.limits, now_s), replayed=True)
         if refusal := windows.refusal(agent.limits, now_s):
             window, retry_after_s = refusal
             raise RateLimited(window.value, retry_after_s, windows.quotas(agent.limits, now_s))
@@ -60,6 +64,9 @@ class MemoryLedger(InvocationLedger):
         self._store.accounts[account_key] = account.reserve(invocation.reserved_amount)
         self._store.invocations_of(agent.org_id)[invocation.id] = invocation
         self._store.running[agent.org_id, invocation.id] = self._instance
+        if request.idempotency_key is not None:
+            entry = KeyEntry(request.request_hash, invocation.id, now_s)
+            self._store.idempotency_keys[(agent.org_id, agent.id), request.idempotency_key] = entry
         return Admission(invocation=invocation, quotas=windows.quotas(agent.limits, now_s))
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
@@ -83,13 +90,16 @@ class MemoryLedger(InvocationLedger):
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
         agent = self._store.agent(org_id, agent_id)
-        now_s = self._clock.monotonic_s()
+        now, now_s = self._clock.now(), self._clock.monotonic_s()
         windows = self._windows(agent, now_s)
-        month = budget_month(self._clock.now())
+        month = budget_month(now)
         account = self._store.accounts.get(((org_id, agent_id), agent.budget.currency, month), BudgetAccount())
         return Forecast(
+            at=now,
             quotas=windows.quotas(agent.limits, now_s),
             rate_limited=windows.refusal(agent.limits, now_s) is not None,
+            month=month,
+            budget=None if agent.budget_config is None else agent.budget,
             account=account,
             over_budget=not account.admits(agent.budget),
         )
@@ -118,6 +128,16 @@ class MemoryLedger(InvocationLedger):
         if agent.status is AgentStatus.INACTIVE:
             raise AgentInactive
         return agent
+
+    def _first_of_key(self, request: AdmissionRequest, now_s: float) -> ExternalAgentInvocation | None:
+        if request.idempotency_key is None:
+            return None
+        agent_key = (request.org_id, request.agent_id)
+        entry = self._store.idempotency_keys.get((agent_key, request.idempotency_key))
+        if entry is None or entry.admitted_at_s + KEPT_FOR.total_seconds() <= now_s:
+            return None
+        first = self._store.invocations_of(request.org_id)[entry.invocation_id]
+        return replayed(first, entry.request_hash, request.request_hash)
 
     def _windows(self, agent: ExternalAgent, now_s: float) -> RateWindows:
         return self._store.windows.get((agent.org_id, agent.id), RateWindows()).advanced(now_s)
