@@ -50,8 +50,7 @@ class JsonText:
         text = _utf8(raw)
         if not _shallow(text, PAYLOAD_DEPTH_MAX):
             raise MalformedJson(f"The JSON is nested over {PAYLOAD_DEPTH_MAX} levels.")
-        # Numbers are not converted: only their grammar matters, and int() of a megabyte of digits takes seconds.
-        _loads(text, parse_int=len, parse_float=len)
+        _decoded(text, _GRAMMAR)
         return cls(text)
 
     @classmethod
@@ -73,11 +72,11 @@ class JsonText:
     @property
     def value(self) -> JsonValue:
         """The value for Python: whole numbers exact, others as floats; take `text` where every digit counts."""
-        return json.loads(self.text, parse_int=_int_or_float)
+        return _PLAIN.decode(self.text)
 
     def exact(self) -> JsonValue:
         """The value with numbers as int and Decimal, without loss; numbers of absurd length as None."""
-        return json.loads(self.text, parse_int=_exact_int, parse_float=_exact_decimal)
+        return _EXACT.decode(self.text)
 
 
 class RepeatedMembers(dict[str, JsonValue]):
@@ -96,7 +95,7 @@ def decode(raw: bytes) -> JsonValue:
     text = _utf8(raw)
     if not _shallow(text, PAYLOAD_DEPTH_MAX):
         raise MalformedJson(f"The JSON is nested over {PAYLOAD_DEPTH_MAX} levels.")
-    return _loads(text, parse_int=_bounded_int, parse_float=_bounded_decimal, object_pairs_hook=_members)
+    return _decoded(text, _FIELDS)
 
 
 def plain_value(value: JsonValue, path: str = "") -> JsonValue:
@@ -156,9 +155,9 @@ def _utf8(raw: bytes) -> str:
         raise MalformedJson("The body is not UTF-8.") from None
 
 
-def _loads(text: str, **options: Any) -> JsonValue:
+def _decoded(text: str, decoder: json.JSONDecoder) -> JsonValue:
     try:
-        return json.loads(text, parse_constant=_no_constant, **options)
+        return decoder.decode(text)
     except (ValueError, RecursionError) as error:
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise MalformedJson(f"The body is not JSON{where}.") from None
@@ -303,3 +302,16 @@ def _tokens(value: JsonValue) -> Iterator[str]:
 def _encode_text(text: str) -> str:
     # A lone surrogate has no UTF-8 form; its escape is JSON all the same.
     return json.dumps(text, ensure_ascii=_SURROGATE.search(text) is not None)
+
+
+# Made once: to make one takes as long as to decode a small value.
+_GRAMMAR = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=_no_constant)
+"""Numbers are not converted: only their grammar matters, and int() of a megabyte of digits takes seconds."""
+_FIELDS = json.JSONDecoder(
+    parse_int=_bounded_int,
+    parse_float=_bounded_decimal,
+    parse_constant=_no_constant,
+    object_pairs_hook=_members,
+)
+_PLAIN = json.JSONDecoder(parse_int=_int_or_float)
+_EXACT = json.JSONDecoder(parse_int=_exact_int, parse_float=_exact_decimal)

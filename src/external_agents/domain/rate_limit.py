@@ -22,13 +22,17 @@ LIMIT_MAX = 1_000_000_000
 
 
 class Window(enum.Enum):
-    MINUTE = "minute"
-    HOUR = "hour"
-    DAY = "day"
+    MINUTE = "minute", 60
+    HOUR = "hour", 3_600
+    DAY = "day", 86_400
 
-    @property
-    def seconds(self) -> int:
-        return _SECONDS[self]
+    seconds: int
+
+    def __new__(cls, value: str, seconds: int) -> Window:
+        window = object.__new__(cls)
+        window._value_ = value
+        window.seconds = seconds
+        return window
 
     @property
     def bucket_s(self) -> float:
@@ -37,8 +41,6 @@ class Window(enum.Enum):
 
 Limits: TypeAlias = Mapping[Window, int]
 """How many each window admits, as far as it is limited."""
-
-_SECONDS = {Window.MINUTE: 60, Window.HOUR: 3_600, Window.DAY: 86_400}
 
 RATE_LIMIT_CONFIG_SCHEMA = {
     "type": "object",

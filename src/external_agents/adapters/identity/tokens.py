@@ -20,6 +20,7 @@ SECRET_LENGTH = 43
 """62^43 > 2^256."""
 
 _DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_VALUES = {digit: value for value, digit in enumerate(_DIGITS)}
 _ID_LENGTH = 22
 _CHECKSUM_LENGTH = 6
 _FORM = re.compile(
@@ -51,7 +52,7 @@ class ApiKeyToken:
             return None
         number = 0
         for digit in form[2]:
-            number = number * len(_DIGITS) + _DIGITS.index(digit)
+            number = number * 62 + _VALUES[digit]
         return cls(UUID(int=number), text) if number < 1 << 128 else None
 
 
@@ -60,8 +61,8 @@ def checksum_of(body: str) -> str:
 
 
 def _base62(number: int, length: int) -> str:
-    digits = ""
+    digits = []
     for _ in range(length):
-        number, digit = divmod(number, len(_DIGITS))
-        digits = _DIGITS[digit] + digits
-    return digits
+        number, digit = divmod(number, 62)
+        digits.append(_DIGITS[digit])
+    return "".join(reversed(digits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 Scope: TypeAlias = dict[str, Any]
@@ -12,6 +12,6 @@ Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 AsgiApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def field_values(scope: Scope, name: bytes) -> Iterator[bytes]:
+def field_values(scope: Scope, name: bytes) -> list[bytes]:
     """The values of a header field, one for each time that it was sent."""
-    return (value for field, value in scope["headers"] if field == name)
+    return [value for field, value in scope["headers"] if field == name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
+from functools import cached_property
 
 import falcon
 
@@ -75,6 +76,8 @@ class RequestBody:
 
     async def skip_arrived(self) -> None:
         """Take a short body that nobody reads and that has come already, so that the connection stays of use."""
+        if self._ended:
+            return
         waits_for_continue = not self._touched and any(field_values(self._scope, b"expect"))
         if not waits_for_continue and (self._declared_bytes or 0) <= ARRIVED_BYTES_MAX:
             await self._skip(ARRIVED_BYTES_MAX, ARRIVED_S)
@@ -82,7 +85,7 @@ class RequestBody:
     @property
     def spoils_connection(self) -> bool:
         """Whether something of the body is still to come, or never will: the next request could not be told from it."""
-        return self._broken or (self._is_announced and not self._ended)
+        return self._broken or (not self._ended and self._is_announced)
 
     async def drain(self) -> None:
         """Take what is left of the body after the answer, within bounds."""
@@ -106,12 +109,12 @@ class RequestBody:
         piece: bytes = event.get("body", b"")
         return piece
 
-    @property
+    @cached_property
     def _declared_bytes(self) -> int | None:
-        value = next(field_values(self._scope, b"content-length"), b"")
-        return int(value) if value.isdigit() else None
+        values = field_values(self._scope, b"content-length")
+        return int(values[0]) if values and values[0].isdigit() else None
 
-    @property
+    @cached_property
     def _is_announced(self) -> bool:
         """HTTP/1 says by these two fields that a body follows; on HTTP/2 no body blocks a connection."""
         return bool(self._declared_bytes) or any(field_values(self._scope, b"transfer-encoding"))

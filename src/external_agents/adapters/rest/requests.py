@@ -48,7 +48,7 @@ async def payload_of(req: Request) -> JsonText:
 
 
 def lineage_hop_id_of(req: Request) -> str | None:
-    values = list(field_values(req.scope, b"x-lineage-hop-id"))
+    values = field_values(req.scope, b"x-lineage-hop-id")
     return _text(b", ".join(values)) or None
 
 
@@ -100,7 +100,7 @@ def demanded_versions(req: Request) -> frozenset[int] | None:
 
 
 def _combined(req: Request, name: bytes) -> str | None:
-    values = list(field_values(req.scope, name))
+    values = field_values(req.scope, name)
     return b",".join(values).decode("latin-1").strip() if values else None
 
 

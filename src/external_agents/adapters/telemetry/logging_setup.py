@@ -7,7 +7,8 @@ import logging
 import logging.config
 import os
 import sys
-from typing import Any, Literal, TypeAlias, cast
+from functools import partial
+from typing import Any, Literal, TextIO, TypeAlias, cast
 
 import orjson
 import structlog
@@ -39,13 +40,13 @@ def configure_logging(log_format: str | None = None, level: str = "info") -> Non
     Raises:
         ConfigurationError: The format or the level is unknown.
     """
-    logging.config.dictConfig(logging_config(log_format, level))
+    chosen = _chosen_format(log_format)
+    logging.config.dictConfig(logging_config(chosen, level))
     logging.captureWarnings(True)
     structlog.configure(
-        processors=[*_every_line(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(_level_number(level)),
-        logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
+        **_shortest_way(chosen),
     )
 
 
@@ -86,6 +87,20 @@ def _level_number(level: str) -> int:
     return logging.getLevelNamesMapping()[level.upper()]
 
 
+def _shortest_way(log_format: LogFormat) -> dict[str, Any]:
+    """For structlog's own lines. As JSON they are what they would be by way of `logging`, in half of the time."""
+    if log_format == "json":
+        return {"processors": [*_every_line(), *_as_json()], "logger_factory": partial(_LineLogger, sys.stderr)}
+    processors = [*_every_line(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter]
+    return {"processors": processors, "logger_factory": structlog.stdlib.LoggerFactory()}
+
+
+class _LineLogger(structlog.WriteLogger):
+    def __init__(self, stream: TextIO, name: str = "root") -> None:
+        super().__init__(stream)
+        self.name = name
+
+
 def _every_line() -> list[Processor]:
     return [
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
@@ -98,7 +113,7 @@ def _every_line() -> list[Processor]:
 def _formatter(log_format: LogFormat) -> logging.Formatter:
     render: list[Processor]
     if log_format == "json":
-        render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_json)]
+        render = _as_json()
     else:
         colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         # The default formatter of exceptions shows local variables wherever rich is installed.
@@ -109,6 +124,10 @@ def _formatter(log_format: LogFormat) -> logging.Formatter:
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         use_get_message=True,
     )
+
+
+def _as_json() -> list[Processor]:
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_json)]
 
 
 def _json(event: EventDict, **_: object) -> str:

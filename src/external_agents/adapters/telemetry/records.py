@@ -38,7 +38,8 @@ class StructlogObservability(ObservabilityManager):
     """
 
     def __init__(self) -> None:
-        self._log = structlog.stdlib.get_logger(LOGGER_NAME) if structlog.is_configured() else _hosts_logger()
+        # Bound here: unbound, it would be bound at each event.
+        self._log = structlog.stdlib.get_logger(LOGGER_NAME).bind() if structlog.is_configured() else _hosts_logger()
 
     def __call__(self, record: Record) -> None:
         if isinstance(record, InvocationRecord):
