@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TypeAlias
 
 import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -51,6 +52,9 @@ ENDINGS_POOL_WAIT_S = 30.0
 PARTITIONS_EVERY_S = 86_400.0
 PARTITIONS_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
+
+MakeLedger: TypeAlias = Callable[..., PostgresLedger]
+"""Takes what `PostgresLedger` takes."""
 
 _log = logging.getLogger(__name__)
 
@@ -97,14 +101,21 @@ async def open_service(settings: Settings) -> AsyncIterator[ExternalAgentService
 
 
 @asynccontextmanager
-async def open_installation(settings: Settings, database_url: str) -> AsyncIterator[Installation]:
-    """`open_service` on a database that is there already, with all that an operator or an API needs beside it."""
+async def open_installation(
+    settings: Settings, database_url: str, *, make_ledger: MakeLedger = PostgresLedger
+) -> AsyncIterator[Installation]:
+    """
+    `open_service` on a database that is there already, with all that an operator or an API needs beside it.
+
+    Args:
+        make_ledger: For a host that wants another lease, or a ledger with something around it.
+    """
     clock, ids = SystemClock(), SystemIds()
     key_ring = load_key_ring(settings)
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
-    ledger = PostgresLedger(engine, ids.new_id(), endings=endings)
+    ledger = make_ledger(engine, ids.new_id(), endings=endings)
     store = PostgresApiKeys(engine)
     authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
@@ -123,7 +134,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         authenticator=authenticator,
         catalog=discover_catalog(),
     )
-    upkeep = (partial(keep_up, ledger, clock), partial(_keep_partitions, engine))
+    upkeep = (partial(keep_up, ledger, clock, ledger.heartbeat_s), partial(_keep_partitions, engine))
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
         yield Installation(
@@ -145,11 +156,12 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         await endings.dispose()
 
 
-def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
+def create_asgi_app(settings: Settings | None = None, *, make_ledger: MakeLedger = PostgresLedger) -> AsgiApp:
     """
     The API, for any ASGI server: `gunicorn -k asgi 'external_agents.bootstrap:create_asgi_app()'`.
 
     It uses the database of the settings, or the embedded one of a running `serve`; it never starts one.
+    `make_ledger` is that of `open_installation`.
 
     Raises:
         ConfigurationError: The settings do not make a running service.
@@ -159,7 +171,8 @@ def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
-        async with open_installation(chosen, _running_database_url(chosen)) as installation:
+        database_url = _running_database_url(chosen)
+        async with open_installation(chosen, database_url, make_ledger=make_ledger) as installation:
             yield create_app(
                 installation.service,
                 readiness=installation.readiness,
