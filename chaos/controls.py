@@ -1,0 +1,217 @@
+"""
+Ledgers that each break one guard. A harness that does not catch every one of them proves nothing.
+
+They stand around the real ledger and use nothing of it but its port and, by connections of their own, its tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+import aiohttp
+import psycopg
+from psycopg.rows import dict_row
+
+from external_agents.adapters.postgres.ledger import PostgresLedger
+from external_agents.domain.budget import BudgetConfig, Money
+from external_agents.domain.errors import ExternalAgentsError, Unavailable
+from external_agents.domain.ids import created_at_of
+from external_agents.domain.invocation import ExternalAgentInvocation
+from external_agents.domain.rate_limit import RateQuotas
+from external_agents.ports.ledger import Admission, AdmissionRequest
+
+LATE_S = 0.5
+DATABASE = "CHAOS_DATABASE"
+"""The environment variable with the database's URL as psycopg takes it."""
+
+
+async def _execute(statement: str, *values: object) -> list[dict[str, Any]]:
+    try:
+        async with await psycopg.AsyncConnection.connect(
+            os.environ[DATABASE], autocommit=True, row_factory=dict_row
+        ) as connection:
+            done = await connection.execute(statement.encode(), values)
+            return await done.fetchall() if done.description else []
+    except psycopg.Error as error:
+        raise Unavailable("The database") from error
+
+
+class Resending(PostgresLedger):
+    """Recovery calls the agent again."""
+
+    _resent: set[UUID]
+
+    async def recover(self) -> int:
+        ended = await super().recover()
+        self._resent = getattr(self, "_resent", set())
+        for row in await _execute(
+            """
+            SELECT invocation.id, invocation.request_payload::text, agent.webhook_url
+            FROM external_agent_invocations AS invocation
+            JOIN external_agents AS agent ON agent.org_id = invocation.org_id AND agent.id = external_agent_id
+            WHERE invocation.status = 'unknown'
+            """
+        ):
+            if row["id"] not in self._resent:
+                self._resent.add(row["id"])
+                await self._send(row)
+        return ended
+
+    async def _send(self, row: dict[str, Any]) -> None:
+        headers = {"Idempotency-Key": str(row["id"]), "Content-Type": "application/json"}
+        body = json.dumps({**json.loads(row["request_payload"]), "do": "succeed", "delay_s": 0})
+        async with aiohttp.ClientSession() as session, session.post(row["webhook_url"], data=body, headers=headers):
+            pass
+
+
+class SendingFirst(PostgresLedger):
+    """Lets the agent be called while the record is still on its way."""
+
+    _behind: dict[UUID, asyncio.Task[None]]
+
+    async def admit(self, request: AdmissionRequest) -> Admission:
+        self._behind = getattr(self, "_behind", {})
+        self._behind[request.invocation_id] = asyncio.create_task(self._admit_later(request))
+        budget = BudgetConfig.of(request.agent.budget_config)
+        amount = budget.per_invocation
+        invocation = ExternalAgentInvocation(
+            id=request.invocation_id,
+            org_id=request.org_id,
+            external_agent_id=request.agent_id,
+            initiated_by=request.initiated_by,
+            request=request.request,
+            reservation=None if amount is None else Money(amount, budget.currency),
+            trace_id=request.trace_id,
+            created_at=created_at_of(request.invocation_id),
+        )
+        return Admission(invocation=invocation, quotas=RateQuotas())
+
+    async def _admit_later(self, request: AdmissionRequest) -> None:
+        await asyncio.sleep(LATE_S)
+        await super().admit(request)
+
+    async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+        try:
+            await self._behind[finished.id]
+        except ExternalAgentsError:
+            return finished
+        return await super().settle(finished)
+
+
+class AnsweringFirst(PostgresLedger):
+    """Tells the caller how it ended, and stores that a little later."""
+
+    _behind: set[asyncio.Task[None]]
+
+    async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+        self._behind = getattr(self, "_behind", set())
+        task = asyncio.create_task(self._settle_later(finished))
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+        return finished
+
+    async def _settle_later(self, finished: ExternalAgentInvocation) -> None:
+        await asyncio.sleep(LATE_S)
+        while True:
+            try:
+                await super().settle(finished)
+            except Unavailable:
+                await asyncio.sleep(LATE_S)
+            else:
+                return
+
+
+class ForgettingWindows(PostgresLedger):
+    """Counts places in the process instead of in the store."""
+
+    _taken: dict[UUID, int]
+
+    async def admit(self, request: AdmissionRequest) -> Admission:
+        self._taken = getattr(self, "_taken", {})
+        limits = request.agent.rate_limit_config or {}
+        if self._taken.get(request.agent_id, 0) < min(limits.values(), default=0):
+            await _execute(
+                """
+                UPDATE external_agent_rate_windows SET minute_head = 0, hour_head = 0, day_head = 0
+                WHERE org_id = %s AND agent_id = %s
+                """,
+                request.org_id,
+                request.agent_id,
+            )
+        admission = await super().admit(request)
+        self._taken[request.agent_id] = self._taken.get(request.agent_id, 0) + 1
+        return admission
+
+
+class ChargingTwice(PostgresLedger):
+    """Settles some invocations a second time."""
+
+    async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
+        stored = await super().settle(finished)
+        if stored.cost is not None and stored.id.int % 10 == 0:
+            await _execute(
+                """
+                UPDATE external_agent_budgets SET spent = spent + %s
+                WHERE org_id = %s AND agent_id = %s AND currency = %s
+                """,
+                stored.cost.amount,
+                stored.org_id,
+                stored.external_agent_id,
+                stored.cost.currency,
+            )
+        return stored
+
+
+class ForgivingUnknowns(PostgresLedger):
+    """Charges nothing for what was interrupted; books and record agree on it."""
+
+    async def recover(self) -> int:
+        ended = await super().recover()
+        await _execute(
+            """
+            WITH interrupted AS (
+                SELECT org_id, id, external_agent_id, cost_amount, cost_currency FROM external_agent_invocations
+                WHERE status = 'unknown' AND cost_amount > 0 FOR UPDATE
+            ), forgiven AS (
+                UPDATE external_agent_invocations AS invocation SET cost_amount = NULL, cost_currency = NULL
+                FROM interrupted WHERE invocation.org_id = interrupted.org_id AND invocation.id = interrupted.id
+            )
+            UPDATE external_agent_budgets AS account SET spent = spent - total
+            FROM (
+                SELECT org_id, external_agent_id, cost_currency, sum(cost_amount) AS total
+                FROM interrupted GROUP BY 1, 2, 3
+            ) AS sums
+            WHERE account.org_id = sums.org_id AND account.agent_id = sums.external_agent_id
+                AND account.currency = sums.cost_currency
+            """
+        )
+        return ended
+
+
+CONTROLS: Mapping[str, type[PostgresLedger]] = {
+    "resending": Resending,
+    "sending-first": SendingFirst,
+    "answering-first": AnsweringFirst,
+    "forgetting-windows": ForgettingWindows,
+    "charging-twice": ChargingTwice,
+    "forgiving-unknowns": ForgivingUnknowns,
+}
+
+LAZY_COMMIT = "lazy-commit"
+"""No ledger of its own: its connections switch synchronous_commit off, so a commit is told before it is on disk."""
+
+CAUGHT_BY: Mapping[str, str] = {
+    "resending": "sent twice",
+    "sending-first": "written ahead",
+    "answering-first": "acknowledged",
+    "forgetting-windows": "windows",
+    "charging-twice": "books",
+    "forgiving-unknowns": "charges",
+    LAZY_COMMIT: "acknowledged",
+}
+"""Which check must catch which control."""
