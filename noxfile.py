@@ -13,6 +13,15 @@ nox.options.error_on_missing_interpreters = True
 LINTERS = ("ruff>=0.15",)
 TYPE_CHECKER = ("mypy>=1.19",)
 LAYERS = ("import-linter>=2.5",)
+CONTROLS = (
+    "answering-first",
+    "charging-twice",
+    "forgetting-windows",
+    "forgiving-unknowns",
+    "lazy-commit",
+    "resending",
+    "sending-first",
+)
 TESTS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "tests")
 
 
@@ -28,7 +37,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the library, and over the file that shows how it looks from outside."""
     session.install(".[serve,testing]", *TYPE_CHECKER)
-    session.run("mypy", "src", "tests/typing", "docs/generate.py")
+    session.run("mypy", "src", "tests/typing", "docs/generate.py", "chaos")
 
 
 @nox.session
@@ -51,6 +60,15 @@ def tests(session: nox.Session) -> None:
     """Everything, on real parts: PostgreSQL, HTTP agents, gunicorn, a browser."""
     session.install(".[serve]", *TESTS)
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session(default=False)
+def chaos(session: nox.Session) -> None:
+    """Every broken guard must be caught; then everything is crashed for ten minutes, and nothing may be lost."""
+    session.install(".[serve]", *TESTS)
+    for control in CONTROLS:
+        session.run("python", "-m", "chaos", "--short", "--control", control)
+    session.run("python", "-m", "chaos", *session.posargs)
 
 
 @nox.session(default=False)

@@ -22,10 +22,26 @@ from chaos.run import Report, Tell, run
 from external_agents.settings import Settings
 
 SHORT = Options(
-    seed=0, invocations=300, duration_s=24, kills=1, pauses=1, database_crashes=1, clients=24, calls_per_s=60, lease_s=3
+    seed=0,
+    invocations=300,
+    duration_s=24,
+    kills=1,
+    pauses=1,
+    database_crashes=1,
+    clients=32,
+    calls_per_s=60,
+    lease_s=3,
 )
 LONG = Options(
-    seed=0, invocations=20_000, duration_s=560, kills=40, pauses=10, database_crashes=8, calls_per_s=80, lease_s=12
+    seed=0,
+    invocations=20_000,
+    duration_s=560,
+    kills=40,
+    pauses=10,
+    database_crashes=8,
+    clients=64,
+    calls_per_s=120,
+    lease_s=12,
 )
 NAMED_MAX = 10
 
@@ -39,19 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="xa-chaos-"))
     folder.chmod(0o711)  # PostgreSQL may run as another account.
-    good = False
+    useful = True
     try:
         tell(f"seed {options.seed}; files in {folder}")
         report = asyncio.run(_interruptible(options, folder, tell))
         good = _tell_result(report)
+        useful = keep or not good
     except (KeyboardInterrupt, asyncio.CancelledError):
+        useful = keep
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        if good and not keep:
-            shutil.rmtree(folder)
-        else:
+        if useful:
             print(f"log, journal and database are kept in {folder}", flush=True)
+        else:
+            shutil.rmtree(folder)
     return 0 if good else 1
 
 

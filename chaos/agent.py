@@ -4,7 +4,7 @@ The scripted agent, a program: `python -m chaos.agent LISTENER_FD JOURNAL DATABA
 It does what a request's payload asks for:
 
     succeed   a JSON answer with the cost asked for
-    work      the same after `delay_s`
+    work      the same after `delay_s`, which is longer
     text      200, but no JSON
     refuse    422
     flaky     503 to the first request of an invocation, success to the next

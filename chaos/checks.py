@@ -306,13 +306,13 @@ CHECKS = (
 CLAIMS = ("lost", "sent twice by recovery", "overspent", "over-admitted")
 
 
-def covered(evidence: Evidence, *, disturbed: bool) -> Iterator[str]:
+def covered(evidence: Evidence, events: Mapping[str, int]) -> Iterator[str]:
     """The run was worth something: every kind of answer came, and what crashes leave behind was there."""
     statuses = Counter(answer.status for answer in evidence.answers)
-    for status in (200, 402, 409, 429, 502, 504, *((503,) if disturbed else ())):
+    for status in (200, 402, 409, 429, 502, 504, *((503,) if events.get("database") else ())):
         if not statuses[status]:
             yield f"nothing was answered with {status}"
-    if disturbed and not any(row.status == "unknown" for row in evidence.rows.values()):
+    if events.get("kill") and not any(row.status == "unknown" for row in evidence.rows.values()):
         yield "nothing was interrupted"
 
 

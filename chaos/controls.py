@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ from uuid import UUID
 import aiohttp
 import psycopg
 from psycopg.rows import dict_row
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.domain.budget import BudgetConfig, Money
@@ -25,7 +27,9 @@ from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.rate_limit import RateQuotas
 from external_agents.ports.ledger import Admission, AdmissionRequest
 
-LATE_S = 0.5
+RECORDED_AFTER_S = 0.5
+STORED_AFTER_S = 2.0
+AGAIN_S = 0.2
 DATABASE = "CHAOS_DATABASE"
 """The environment variable with the database's URL as psycopg takes it."""
 
@@ -42,20 +46,24 @@ async def _execute(statement: str, *values: object) -> list[dict[str, Any]]:
 
 
 class Resending(PostgresLedger):
-    """Recovery calls the agent again."""
+    """Recovery calls the agent again, once: the oldest living instance does it."""
 
-    _resent: set[UUID]
+    def __init__(self, engine: AsyncEngine, instance_id: UUID, **options: Any) -> None:
+        super().__init__(engine, instance_id, **options)
+        self._own_id = instance_id
+        self._resent: set[UUID] = set()
 
     async def recover(self) -> int:
         ended = await super().recover()
-        self._resent = getattr(self, "_resent", set())
         for row in await _execute(
             """
             SELECT invocation.id, invocation.request_payload::text, agent.webhook_url
             FROM external_agent_invocations AS invocation
             JOIN external_agents AS agent ON agent.org_id = invocation.org_id AND agent.id = external_agent_id
-            WHERE invocation.status = 'unknown'
-            """
+            WHERE invocation.status = 'unknown' AND invocation.completed_at > now() - interval '5 s'
+                AND %s = (SELECT id FROM instances WHERE lease_until > now() ORDER BY id LIMIT 1)
+            """,
+            self._own_id,
         ):
             if row["id"] not in self._resent:
                 self._resent.add(row["id"])
@@ -72,10 +80,11 @@ class Resending(PostgresLedger):
 class SendingFirst(PostgresLedger):
     """Lets the agent be called while the record is still on its way."""
 
-    _behind: dict[UUID, asyncio.Task[None]]
+    def __init__(self, engine: AsyncEngine, instance_id: UUID, **options: Any) -> None:
+        super().__init__(engine, instance_id, **options)
+        self._behind: dict[UUID, asyncio.Task[None]] = {}
 
     async def admit(self, request: AdmissionRequest) -> Admission:
-        self._behind = getattr(self, "_behind", {})
         self._behind[request.invocation_id] = asyncio.create_task(self._admit_later(request))
         budget = BudgetConfig.of(request.agent.budget_config)
         amount = budget.per_invocation
@@ -92,7 +101,7 @@ class SendingFirst(PostgresLedger):
         return Admission(invocation=invocation, quotas=RateQuotas())
 
     async def _admit_later(self, request: AdmissionRequest) -> None:
-        await asyncio.sleep(LATE_S)
+        await asyncio.sleep(RECORDED_AFTER_S)
         await super().admit(request)
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
@@ -106,22 +115,23 @@ class SendingFirst(PostgresLedger):
 class AnsweringFirst(PostgresLedger):
     """Tells the caller how it ended, and stores that a little later."""
 
-    _behind: set[asyncio.Task[None]]
+    def __init__(self, engine: AsyncEngine, instance_id: UUID, **options: Any) -> None:
+        super().__init__(engine, instance_id, **options)
+        self._behind: set[asyncio.Task[None]] = set()
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
-        self._behind = getattr(self, "_behind", set())
         task = asyncio.create_task(self._settle_later(finished))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
         return finished
 
     async def _settle_later(self, finished: ExternalAgentInvocation) -> None:
-        await asyncio.sleep(LATE_S)
+        await asyncio.sleep(STORED_AFTER_S)
         while True:
             try:
                 await super().settle(finished)
             except Unavailable:
-                await asyncio.sleep(LATE_S)
+                await asyncio.sleep(AGAIN_S)
             else:
                 return
 
@@ -129,12 +139,13 @@ class AnsweringFirst(PostgresLedger):
 class ForgettingWindows(PostgresLedger):
     """Counts places in the process instead of in the store."""
 
-    _taken: dict[UUID, int]
+    def __init__(self, engine: AsyncEngine, instance_id: UUID, **options: Any) -> None:
+        super().__init__(engine, instance_id, **options)
+        self._taken: Counter[UUID] = Counter()
 
     async def admit(self, request: AdmissionRequest) -> Admission:
-        self._taken = getattr(self, "_taken", {})
         limits = request.agent.rate_limit_config or {}
-        if self._taken.get(request.agent_id, 0) < min(limits.values(), default=0):
+        if self._taken[request.agent_id] < min(limits.values(), default=0):
             await _execute(
                 """
                 UPDATE external_agent_rate_windows SET minute_head = 0, hour_head = 0, day_head = 0
@@ -144,7 +155,7 @@ class ForgettingWindows(PostgresLedger):
                 request.agent_id,
             )
         admission = await super().admit(request)
-        self._taken[request.agent_id] = self._taken.get(request.agent_id, 0) + 1
+        self._taken[request.agent_id] += 1
         return admission
 
 

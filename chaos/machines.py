@@ -9,13 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import attrs
-import psutil  # type: ignore[import-untyped]
 
 from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.postgres.embedded.server import EmbeddedPostgres
@@ -26,6 +25,7 @@ APP = "chaos.server:create_app()"
 GRACEFUL_S = 30
 WATCH_S = 0.2
 START_S = 60.0
+GROUP_S = 5.0
 
 T = TypeVar("T")
 
@@ -89,26 +89,23 @@ class ApiServer:
     def address(self) -> str:
         return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
 
-    @property
-    def runs(self) -> bool:
-        return self._process.poll() is None
-
     def workers(self) -> set[int]:
-        with suppress(psutil.NoSuchProcess):
-            return {child.pid for child in psutil.Process(self._process.pid).children()}
-        return set()
+        return {pid for pid, parent in _running() if parent == self._process.pid}
 
     def stop(self) -> None:
-        """In good order if it can be, else at once; nothing of it is left."""
-        workers = self.workers()
+        """In good order if it can be, else at once."""
         self._process.end((signal.SIGTERM, GRACEFUL_S + 5.0))
-        for pid in workers:
-            _await_end(pid)
-        self._socket.close()
+        self.kill()
 
     def kill(self) -> None:
+        """Nothing of it is left, stopped workers included: they are its process group."""
         self._process.end()
         self._socket.close()
+        deadline = time.monotonic() + GROUP_S
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                time.sleep(0.01)
 
 
 class AgentProcess:
@@ -130,10 +127,6 @@ class AgentProcess:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._socket.getsockname()[1]}/hook"
-
-    @property
-    def runs(self) -> bool:
-        return self._process.poll() is None
 
     def stop(self) -> None:
         self._process.end((signal.SIGTERM, 5.0))
@@ -270,10 +263,10 @@ class Census:
             os.kill(worker.pid, signal.SIGCONT)
 
 
-def _await_end(pid: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        with suppress(psutil.TimeoutExpired):
-            process.wait(5.0)
-            return
-        process.kill()
+def _running() -> Iterator[tuple[int, int]]:
+    """The processes of this machine that have not ended, each with its parent."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                yield int(entry.name), int(parent)

@@ -115,13 +115,13 @@ class Event:
 
 
 BEHAVIOURS = {
-    "succeed": 60,
-    "work": 12,
+    "succeed": 54,
+    "work": 20,
     "text": 3,
     "refuse": 6,
     "flaky": 5,
     "down": 2,
-    "hang": 3,
+    "hang": 2,
     "drop": 5,
     "garbage": 3,
     "redirect": 1,
@@ -185,7 +185,7 @@ class Plan:
             name=name,
             agent=agent,
             do=do,
-            delay_s=round(chance.uniform(0.2, 1.5) if do == "work" else chance.choice((0.0, 0.0, 0.02)), 3),
+            delay_s=round(chance.uniform(0.5, 1.7) if do == "work" else chance.choice((0.0, 0.0, 0.02)), 3),
             cost=self._cost(chance, agent),
             patience_s=HASTE_S if chance.random() < 0.03 else PATIENCE_S,
         )

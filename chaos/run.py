@@ -215,7 +215,7 @@ def _report(options: Options, evidence: Evidence, demon: Demon) -> Report:
         statuses=Counter(row.status for row in rows),
         answers=Counter(str(answer.status or "none") for answer in evidence.answers),
         faults={named.name: faults(named) for named in CHECKS},
-        uncovered=list(covered(evidence, disturbed=bool(demon.done))),
+        uncovered=list(covered(evidence, demon.done)),
         events=demon.done,
         keyed=evidence.keyed,
         late=sum(

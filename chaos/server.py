@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from chaos.controls import CONTROLS
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.rest.asgi import AsgiApp
@@ -26,7 +28,7 @@ INSTANCES = "CHAOS_INSTANCES"
 def create_app() -> AsgiApp:
     ledger_class = CONTROLS.get(os.environ.get(CONTROL, ""), PostgresLedger)
 
-    def make_ledger(engine: Any, instance_id: UUID, **options: Any) -> PostgresLedger:
+    def make_ledger(engine: AsyncEngine, instance_id: UUID, **options: Any) -> PostgresLedger:
         (Path(os.environ[INSTANCES]) / str(instance_id)).write_text(str(os.getpid()))
         lease_s, heartbeat_s = float(os.environ[LEASE_S]), float(os.environ[HEARTBEAT_S])
         return ledger_class(engine, instance_id, lease_s=lease_s, heartbeat_s=heartbeat_s, **options)
