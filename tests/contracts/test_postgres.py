@@ -12,6 +12,7 @@ from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
+from external_agents.adapters.postgres.plain.ledger import PlainPostgresLedger
 from external_agents.ports.identity import ApiKeyStore
 from external_agents.ports.ledger import InvocationLedger
 from external_agents.testing.identity import ApiKeyStoreContract
@@ -38,13 +39,13 @@ def pass_time(clock: ShiftedClock) -> PassTime:
     return clock.pass_time
 
 
-@pytest.fixture(scope="module")
-async def store(clock: ShiftedClock) -> AsyncIterator[Store]:
+@pytest.fixture(scope="class")
+async def store(clock: ShiftedClock, request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     engine = create_engine(clock.url)
     agents = PostgresAgents(engine, key_id_of=lambda envelope: "k1")
 
     async def new_ledger() -> InvocationLedger:
-        ledger = PostgresLedger(engine, uuid4())
+        ledger = (PlainPostgresLedger if request.cls in PLAIN else PostgresLedger)(engine, uuid4())
         await ledger.heartbeat()
         return ledger
 
@@ -79,6 +80,17 @@ class TestPostgresLedger(LedgerContract):
 
 class TestPostgresLedgerInTime(LedgerTimeContract):
     pass
+
+
+class TestPlainPostgresLedger(LedgerContract):
+    pass
+
+
+class TestPlainPostgresLedgerInTime(LedgerTimeContract):
+    pass
+
+
+PLAIN = (TestPlainPostgresLedger, TestPlainPostgresLedgerInTime)
 
 
 class TestPostgresApiKeys(ApiKeyStoreContract):

@@ -21,7 +21,7 @@ from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.domain.budget import BudgetAccount
-from external_agents.domain.errors import InvocationNotFound, StaleVersion, Unavailable
+from external_agents.domain.errors import AdmissionInDoubt, InvocationNotFound, StaleVersion, Unavailable
 from external_agents.domain.invocation import ErrorCode, InvocationStatus
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.refusals import AdmissionRefused
@@ -287,18 +287,18 @@ async def test_the_clock_is_read_behind_the_locks(
 
 
 class LosingProxy:
-    """Between a client and the server's socket; while `losing`, connections break before a COMMIT is answered."""
+    """Between a client and the server's socket; a connection breaks before an answer to what holds `losing`."""
 
     def __init__(self, server_socket: str) -> None:
         self.server_socket = server_socket
-        self.losing = False
+        self.losing: bytes | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_unix_connection(self.server_socket)
         lost = asyncio.Event()
         answers = asyncio.create_task(self.pass_answers(server_reader, writer, lost))
         while not lost.is_set() and (chunk := await reader.read(65536)):
-            if self.losing and b"COMMIT\0" in chunk:
+            if self.losing and self.losing in chunk:
                 lost.set()
             server_writer.write(chunk)
         if not lost.is_set():
@@ -332,11 +332,11 @@ async def test_an_admission_whose_commit_was_not_answered_is_ended(
     async with server:
         ledger = PostgresLedger(open_engine(postgres_url.replace(folder, str(tmp_path))), uuid4())
         kept = (await ledger.admit(make_request(agent))).invocation
-        proxy.losing = True
         request = make_request(agent)
-        with pytest.raises(Unavailable):
+        proxy.losing = request.invocation_id.bytes
+        with pytest.raises(AdmissionInDoubt):
             await ledger.admit(request)
-        proxy.losing = False
+        proxy.losing = None
         reader = PostgresInvocations(postgres_engine)
         assert (await reader.read(agent.org_id, agent.id, request.invocation_id)).status is InvocationStatus.RUNNING
         assert await ledger.recover() == 1

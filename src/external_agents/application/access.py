@@ -46,9 +46,18 @@ class AccessControl:
             PermissionDenied: The policies do not allow it, or could not be asked.
         """
         request = AccessRequest(principal, action, agent, self._clock.now())
-        [decision] = await self._decide([request], filters=False)
+        [decision] = await self._policy.decide([request])
+        self._tell(request, decision)
         if not decision.allowed:
             raise PermissionDenied(f"{principal.subject} is not permitted to {action} this.")
+
+    async def allows(self, principal: Principal, action: Action, agent: ExternalAgent) -> bool:
+        """Whether it is allowed on an agent that may have changed since. A no is not final, so it leaves no record."""
+        request = AccessRequest(principal, action, agent, self._clock.now())
+        [decision] = await self._policy.decide([request])
+        if decision.allowed:
+            self._tell(request, decision)
+        return decision.allowed
 
     async def permitted(
         self, principal: Principal, action: Action, agents: Sequence[ExternalAgent]
@@ -56,22 +65,21 @@ class AccessControl:
         """Those of `agents` that the principal may do `action` on."""
         now = self._clock.now()
         requests = [AccessRequest(principal, action, agent, now) for agent in agents]
-        decisions = await self._decide(requests, filters=True)
-        return [agent for agent, decision in zip(agents, decisions, strict=True) if decision.allowed]
-
-    async def _decide(self, requests: Sequence[AccessRequest], *, filters: bool) -> Sequence[Decision]:
         decisions = await self._policy.decide(requests)
         for request, decision in zip(requests, decisions, strict=True):
-            self._witness(
-                DecisionRecord(
-                    at=request.now,
-                    principal=request.principal,
-                    action=request.action,
-                    agent_id=request.agent.id if request.agent else None,
-                    allowed=decision.allowed,
-                    policy_ids=decision.policy_ids,
-                    errors=decision.errors,
-                    filters=filters,
-                )
+            self._tell(request, decision, filters=True)
+        return [agent for agent, decision in zip(agents, decisions, strict=True) if decision.allowed]
+
+    def _tell(self, request: AccessRequest, decision: Decision, *, filters: bool = False) -> None:
+        self._witness(
+            DecisionRecord(
+                at=request.now,
+                principal=request.principal,
+                action=request.action,
+                agent_id=request.agent.id if request.agent else None,
+                allowed=decision.allowed,
+                policy_ids=decision.policy_ids,
+                errors=decision.errors,
+                filters=filters,
             )
-        return decisions
+        )

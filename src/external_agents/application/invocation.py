@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from typing import Any
+from uuid import UUID
 
 import attrs
 
@@ -24,7 +25,7 @@ from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentRequest, AgentTransport
 
 SETTLE_PATIENCE_S = 5.0
-"""How long a caller waits for a settlement that cannot be stored; the settlement itself is tried until it is."""
+"""How long a caller waits for a settlement that fails or hangs; the settlement itself is tried until it is stored."""
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class InvocationPipeline:
         ids: IdSource,
         witness: Witness,
         tasks: TaskKeeper,
+        settle_patience_s: float = SETTLE_PATIENCE_S,
     ) -> None:
         self._ledger = ledger
         self._transport = transport
@@ -90,6 +92,7 @@ class InvocationPipeline:
         self._ids = ids
         self._witness = witness
         self._tasks = tasks
+        self._settle_patience_s = settle_patience_s
 
     async def carry_out(self, assignment: Assignment) -> Invoked:
         """
@@ -195,21 +198,27 @@ class InvocationPipeline:
     async def _settle(
         self, running: ExternalAgentInvocation, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]
     ) -> ExternalAgentInvocation:
-        began_s = self._clock.monotonic_s()
+        # A timer of the loop's beside it, because a settlement may hang as well as fail; it costs no task.
+        patience = asyncio.get_running_loop().call_later(self._settle_patience_s, _lose_patience, answer, finished.id)
         pause_s = 0.1
-        while True:
-            try:
-                return await self._ledger.settle(finished)
-            except Unavailable as outage:
-                _log.warning("settling invocation %s waits: %s", finished.id, outage)
-            except Exception:
-                # What the ledger cannot take must not stay running for as long as this process lives.
-                _log.exception("invocation %s could not be settled; what it came to is lost", finished.id)
-                finished = running.interrupted(self._clock.now())
-            if self._clock.monotonic_s() - began_s >= SETTLE_PATIENCE_S:
-                _answer(answer, Unavailable("The ledger", invocation_id=finished.id))
-            await self._clock.sleep(pause_s)
-            pause_s = min(2.0, pause_s * 2)
+        try:
+            while True:
+                try:
+                    return await self._ledger.settle(finished)
+                except Unavailable as outage:
+                    _log.warning("settling invocation %s waits: %s", finished.id, outage)
+                except Exception:
+                    # What the ledger cannot take must not stay running for as long as this process lives.
+                    _log.exception("invocation %s could not be settled; what it came to is lost", finished.id)
+                    finished = running.interrupted(self._clock.now())
+                await self._clock.sleep(pause_s)
+                pause_s = min(2.0, pause_s * 2)
+        finally:
+            patience.cancel()
+
+
+def _lose_patience(answer: asyncio.Future[Invoked], invocation_id: UUID) -> None:
+    _answer(answer, Unavailable("The ledger", invocation_id=invocation_id))
 
 
 def _answer(future: asyncio.Future[Invoked], result: Invoked | Exception) -> None:

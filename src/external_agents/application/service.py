@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from datetime import datetime
+from functools import partial
 from typing import TypeAlias
 from uuid import UUID
 
@@ -12,6 +13,7 @@ import attrs
 
 from external_agents.application.access import AccessControl, Witness
 from external_agents.application.invocation import Assignment, InvocationPipeline, Invoked, TaskKeeper
+from external_agents.application.known_agents import KnownAgent, KnownAgents
 from external_agents.application.parameters import (
     LIMIT_MAX,
     PAGE_MAX,
@@ -29,6 +31,7 @@ from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.egress import UrlRules
 from external_agents.domain.errors import (
     AgentInactive,
+    AgentNotFound,
     Fault,
     StaleVersion,
     Unavailable,
@@ -106,6 +109,7 @@ class ExternalAgentService:
         self._access = AccessControl(policy, clock, self._witness)
         self._agents = VisibleAgents(agent_reader, self._access)
         self._registrar = Registrar(catalog, url_rules, secret_box)
+        self._known = KnownAgents(agent_reader, self._access, self._registrar.credentials)
         self._tasks = TaskKeeper()
         self._pipeline = InvocationPipeline(
             ledger=ledger, transport=transport, clock=clock, ids=ids, witness=self._witness, tasks=self._tasks
@@ -226,6 +230,7 @@ class ExternalAgentService:
                 await self._writer.update(amended)
             except StaleVersion:
                 continue
+            self._known.forget(amended)
             return amended
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
@@ -242,10 +247,12 @@ class ExternalAgentService:
         for _ in range(_RACES_MAX):
             agent = await self._agents.one(principal, Action.DELETE, agent_id)
             _require_version(agent, if_version)
+            deleted = agent.deleted(by=principal.subject, at=self._clock.now())
             try:
-                await self._writer.delete(agent.deleted(by=principal.subject, at=self._clock.now()))
+                await self._writer.delete(deleted)
             except StaleVersion:
                 continue
+            self._known.forget(deleted)
             return
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
@@ -294,15 +301,16 @@ class ExternalAgentService:
     ) -> Invoked:
         """`invoke_agent`, with what is left of the limits."""
         trace_id = trace_id or self._ids.new_trace_id()
+        prepare = partial(self._assignment, principal, payload, trace_id, lineage_hop_id)
         for _ in range(_RACES_MAX):
-            agent = await self._agents.one(principal, Action.INVOKE, agent_id)
-            request = self._admission_request(principal, agent, payload, trace_id, lineage_hop_id)
-            credentials = self._registrar.credentials(agent)
-            assignment = Assignment(principal=principal, agent=agent, credentials=credentials, request=request)
+            assignment = await self._known.to_invoke(principal, agent_id, prepare)
             try:
                 return await self._pipeline.carry_out(assignment)
             except StaleVersion:
-                continue
+                self._known.forget(assignment.agent)
+            except AgentNotFound:
+                self._known.forget(assignment.agent)
+                raise
         raise Unavailable("The agent, changed by others all the time,", retry_after_s=1)
 
     async def check_rate_limit(self, principal: Principal, agent_id: AgentId) -> bool:
@@ -407,14 +415,15 @@ class ExternalAgentService:
         await self._access.require(principal, Action.READ, agent)
         return invocation
 
-    def _admission_request(
+    def _assignment(
         self,
         principal: Principal,
-        agent: ExternalAgent,
         payload: JsonValue | JsonText,
         trace_id: str,
         lineage_hop_id: str | None,
-    ) -> AdmissionRequest:
+        known: KnownAgent,
+    ) -> Assignment:
+        agent = known.agent
         if lineage_hop_id is not None and not 1 <= len(lineage_hop_id) <= LINEAGE_HOP_ID_MAX:
             raise ValidationError([Fault("lineage_hop_id", f"must have 1 to {LINEAGE_HOP_ID_MAX} characters")])
         plain_value(lineage_hop_id, "lineage_hop_id")
@@ -423,7 +432,7 @@ class ExternalAgentService:
         request = payload if isinstance(payload, JsonText) else JsonText.of(payload)
         if agent.status is AgentStatus.INACTIVE:
             raise AgentInactive
-        return AdmissionRequest(
+        admission = AdmissionRequest(
             invocation_id=self._ids.new_id(),
             agent=agent,
             initiated_by=principal.subject,
@@ -431,6 +440,7 @@ class ExternalAgentService:
             trace_id=trace_id,
             lineage_hop_id=lineage_hop_id,
         )
+        return Assignment(principal=principal, agent=agent, credentials=known.credentials, request=admission)
 
 
 def _require_version(agent: ExternalAgent, versions: Versions | None) -> None:

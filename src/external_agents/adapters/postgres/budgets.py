@@ -27,6 +27,13 @@ _BOOK = text(
 )
 
 
+_LOCK = text(
+    """
+    SELECT FROM external_agent_budgets
+    WHERE org_id = :org_id AND agent_id = :agent_id AND currency = :currency AND month = :month FOR UPDATE
+    """
+)
+
 _Account: TypeAlias = tuple[str, UUID, str, date]
 
 
@@ -34,6 +41,14 @@ _Account: TypeAlias = tuple[str, UUID, str, date]
 class _Booking:
     charged: Decimal = Decimal(0)
     released: Decimal = Decimal(0)
+
+
+async def lock_accounts(connection: AsyncConnection, running: Iterable[ExternalAgentInvocation]) -> None:
+    """Lock what ends the reservations of running invocations, in the order of the accounts' keys."""
+    keys = {_account_of(invocation, invocation.reservation) for invocation in running if invocation.reservation}
+    for org_id, agent_id, currency, month in sorted(keys):
+        values = {"org_id": org_id, "agent_id": agent_id, "currency": currency, "month": month}
+        await connection.execute(_LOCK, values)
 
 
 async def book(connection: AsyncConnection, ended: Iterable[tuple[ExternalAgentInvocation, Money | None]]) -> None:
@@ -47,7 +62,7 @@ async def book(connection: AsyncConnection, ended: Iterable[tuple[ExternalAgentI
         for money, is_charge in ((invocation.cost, True), (reservation, False)):
             if money is None:
                 continue
-            key = (invocation.org_id, invocation.external_agent_id, money.currency, budget_month(invocation.created_at))
+            key = _account_of(invocation, money)
             before = bookings.get(key, _Booking())
             bookings[key] = (
                 attrs.evolve(before, charged=before.charged + money.amount)
@@ -67,3 +82,7 @@ async def book(connection: AsyncConnection, ended: Iterable[tuple[ExternalAgentI
                 "released": bookings[key].released,
             },
         )
+
+
+def _account_of(invocation: ExternalAgentInvocation, money: Money) -> _Account:
+    return invocation.org_id, invocation.external_agent_id, money.currency, budget_month(invocation.created_at)

@@ -48,18 +48,40 @@ def translate_errors() -> Iterator[None]:
     except PoolTimeout as error:
         raise Unavailable("The service, which has too much to do,", retry_after_s=1) from error
     except DBAPIError as error:
-        translated = _translated(error.orig)
-        if translated is None:
+        known = translated(error.orig)
+        if known is None:
             raise
-        raise translated from error
+        raise known from error
     except psycopg.Error as error:
-        translated = _translated(error)
-        if translated is None:
+        known = translated(error)
+        if known is None:
             raise
-        raise translated from error
+        raise known from error
 
 
-def _translated(error: BaseException | None) -> ExternalAgentsError | None:
+def leaves_doubt(error: psycopg.Error) -> bool:
+    """
+    Whether a statement that was its own transaction may have been committed although this was raised.
+
+    What the server itself has refused is rolled back for certain, unless it was on its way down.
+    """
+    state = error.sqlstate
+    return state is None or state.startswith(("08", "57P"))
+
+
+def concerns_everyone(error: psycopg.Error) -> bool:
+    """Whether it says that the server cannot work at present, and nothing of what it was asked."""
+    state = error.sqlstate or "08"
+    return state[:2] in {"08", "28", "3D", "53", "58"} or state[:3] == "57P" or state in {"25006", *_SCHEMA_LACKS}
+
+
+def is_conflict(error: psycopg.Error) -> bool:
+    """Whether others stood in the way: a lock was not to be had in time, a deadlock, a statement that took too long."""
+    return error.sqlstate in {"55P03", "57014"} or (error.sqlstate or "").startswith("40")
+
+
+def translated(error: BaseException | None) -> ExternalAgentsError | None:
+    """The same in the library's words; None: it is a fault of ours."""
     if not isinstance(error, psycopg.Error):
         return None
     state = error.sqlstate

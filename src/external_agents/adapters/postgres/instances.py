@@ -102,6 +102,10 @@ class Instance:
         """When it is certain that the invocation does not run."""
         self._in_flight.discard(invocation_id)
 
+    def in_flight(self) -> int:
+        """How many invocations may be running."""
+        return len(self._in_flight)
+
     async def beat(self) -> None:
         async with self._beating:
             await self._beat()

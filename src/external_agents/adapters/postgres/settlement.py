@@ -7,10 +7,10 @@ from typing import Any
 from uuid import UUID
 
 import attrs
-from sqlalchemy import ColumnElement, bindparam, select, update
+from sqlalchemy import ColumnElement, bindparam, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from external_agents.adapters.postgres.budgets import book
+from external_agents.adapters.postgres.budgets import book, lock_accounts
 from external_agents.adapters.postgres.columns import storable
 from external_agents.adapters.postgres.instances import forget
 from external_agents.adapters.postgres.rows import END_COLUMNS, attempts_text, end_values, invocation_of, money_of
@@ -66,15 +66,19 @@ async def recover_instance(connection: AsyncConnection, dead: UUID, now: datetim
 
 
 async def interrupt(connection: AsyncConnection, now: datetime, *which: ColumnElement[bool]) -> int:
-    """End running invocations as unknown, charged. Those that are being settled this very moment are left alone."""
-    running = (
-        select(invocations)
-        .where(*which, invocations.c.status == InvocationStatus.RUNNING.value)
-        .order_by(invocations.c.id)
-        .limit(RECOVERED_AT_ONCE)
-        .with_for_update(skip_locked=True)
-    )
-    found = [invocation_of(row) for row in (await connection.execute(running)).mappings()]
+    """
+    End running invocations as unknown, charged. Those that are being settled this very moment are left alone.
+
+    Accounts are locked before invocations, as group commit does; a settlement that was there first has its way.
+    """
+    running = (*which, invocations.c.status == InvocationStatus.RUNNING.value)
+    first = select(invocations).where(*running).order_by(invocations.c.id).limit(RECOVERED_AT_ONCE)
+    left = [invocation_of(row) for row in (await connection.execute(first)).mappings()]
+    await lock_accounts(connection, left)
+    # Some may have been settled while their accounts were waited for.
+    still = select(invocations).where(*running, invocations.c.id == func.any([invocation.id for invocation in left]))
+    locked = await connection.execute(still.order_by(invocations.c.id).with_for_update(skip_locked=True))
+    found = [invocation_of(row) for row in locked.mappings()]
     ended = [invocation.interrupted(now) for invocation in found]
     if ended:
         await connection.execute(_END, [_end_parameters(invocation) for invocation in ended])

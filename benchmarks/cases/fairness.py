@@ -1,0 +1,74 @@
+"""What a flood on one organisation's agent does to the callers of another's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from benchmarks.judging import Bound, Finding, Outcome, percentile
+from benchmarks.workbench import Round, Variant, Workbench, call_of, outcome
+
+FLOOD_CONNECTIONS = 256
+PACE_S = 0.05
+LEAD_S = 1.0
+"""From the start of a flood to the first call of its victim, and from its last one to the flood's end."""
+
+
+def fairness(bench: Workbench) -> Outcome:
+    """A caller at 20 requests/s, alone and beside a flood on another organisation's agent, admitted or refused."""
+    with bench.site(orgs=2, shut_each=1) as site, bench.ours(site) as ours, bench.forward() as forward:
+        flooded, shut, victim = (call_of(agent) for agent in site.estate.agents[:3])
+        any_call = forward.requests[0]
+        alone, admitted, refused, free, crowded = ([] for _ in range(5))
+        for variant in (ours, forward):
+            variant.warm_up(FLOOD_CONNECTIONS)
+        for number in range(bench.plan.rounds):
+            alone.append(_alone(ours, victim))
+            admitted.append(_beside(ours, victim, "admitted flood", flooded, ("200", "503")))
+            refused.append(_beside(ours, victim, "refused flood", shut, ("429",)))
+            free.append(_alone(forward, any_call))
+            crowded.append(_beside(forward, any_call, "flood", any_call, ("200",)))
+            bench.tell(
+                f"  round {number + 1}: p99 "
+                + ", ".join(
+                    f"{name} {_p99([rounds[-1]]):.1f} ms"
+                    for name, rounds in (("alone", alone), ("beside calls", admitted), ("beside refusals", refused))
+                )
+            )
+        bound = Bound(floor=3, at_most=True)
+        what = f"p99 beside {FLOOD_CONNECTIONS} connections"
+        findings = [
+            _raised(f"{what} on another organisation's agent, over alone", admitted, alone, bound),
+            _raised(f"{what} that get 429, over alone", refused, alone, bound),
+            _raised(f"{what}, over alone, both through forward", crowded, free, None),
+        ]
+        return outcome(findings, ours, forward)
+
+
+def _alone(variant: Variant, call: str) -> Round:
+    return variant.round("alone", connections=1, requests=[call], pace_s=PACE_S, seconds=variant.bench.plan.seconds)
+
+
+def _beside(variant: Variant, call: str, what: str, flood: str, expected: Sequence[str]) -> Round:
+    seconds = variant.bench.plan.seconds
+    running = variant.begin(connections=FLOOD_CONNECTIONS, requests=[flood], seconds=seconds + 2 * LEAD_S)
+    time.sleep(LEAD_S)
+    done = variant.round(f"beside {what}", connections=1, requests=[call], pace_s=PACE_S, seconds=seconds)
+    variant.take(running, expected)
+    return done
+
+
+def _raised(what: str, beside: Sequence[Round], alone: Sequence[Round], bound: Bound | None) -> Finding:
+    worse, better = _p99(beside), _p99(alone)
+    return Finding(
+        case="fairness",
+        what=what,
+        ours=f"{worse:.1f} ms",
+        baseline=f"{better:.1f} ms",
+        figure=worse / better,
+        bound=bound,
+    )
+
+
+def _p99(rounds: Sequence[Round]) -> float:
+    return percentile([latency_ms for done in rounds for latency_ms in done.latencies_ms], 99)

