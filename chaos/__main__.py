@@ -16,7 +16,7 @@ from pathlib import Path
 import attrs
 
 from chaos.checks import CHECKS
-from chaos.controls import CAUGHT_BY
+from chaos.controls import CAUGHT_BY, FORGETFUL_REDIS, FORGETTING_KEYS
 from chaos.plan import Options
 from chaos.run import Report, Tell, run
 from external_agents.settings import Settings
@@ -43,11 +43,44 @@ LONG = Options(
     calls_per_s=120,
     lease_s=12,
 )
+COUNTS = (
+    "invocations",
+    "kills",
+    "pauses",
+    "database_crashes",
+    "redis_crashes",
+    "clients",
+    "servers",
+    "workers",
+)
+PACES = {"duration_s": "--duration", "lease_s": "--lease", "calls_per_s": "--rate"}
 NAMED_MAX = 10
+INTERRUPTED = 130
+SKIPPED = 77
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, keep = _options(arguments)
+    given = _parser().parse_args(arguments)
+    if given.controls:
+        return _every_control()
+    if (options := _options(given)) is None:
+        print("skipped: this version keeps no limits in Redis")
+        return SKIPPED
+    return _run(options, keep=given.keep)
+
+
+def _every_control() -> int:
+    statuses = {}
+    for control in sorted(CAUGHT_BY):
+        print(f"\n--- {control}", flush=True)
+        statuses[control] = main(["--short", "--control", control])
+    said = {0: "caught", SKIPPED: "skipped"}
+    print("\n" + "\n".join(f"{said.get(status, 'NOT CAUGHT'):<10}  {name}" for name, status in statuses.items()))
+    return 0 if set(statuses.values()) <= set(said) else 1
+
+
+def _run(options: Options, *, keep: bool) -> int:
+    """The exit status."""
     began_s = time.monotonic()
 
     def tell(line: str) -> None:
@@ -58,19 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     useful = True
     try:
         tell(f"seed {options.seed}; files in {folder}")
-        report = asyncio.run(_interruptible(options, folder, tell))
-        good = _tell_result(report)
-        useful = keep or not good
+        status = _tell_result(asyncio.run(_interruptible(options, folder, tell)))
+        useful = keep or status not in (0, SKIPPED)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        useful = keep
+        useful, status = keep, INTERRUPTED
         print("interrupted", file=sys.stderr)
-        return 130
     finally:
         if useful:
             print(f"log, journal and database are kept in {folder}", flush=True)
         else:
             shutil.rmtree(folder)
-    return 0 if good else 1
+    return status
 
 
 async def _interruptible(options: Options, folder: Path, tell: Tell) -> Report:
@@ -79,8 +110,8 @@ async def _interruptible(options: Options, folder: Path, tell: Tell) -> Report:
     return await task
 
 
-def _tell_result(report: Report) -> bool:
-    """Whether all is as it should be: every promise held; or, with a guard broken, the right check caught it."""
+def _tell_result(report: Report) -> int:
+    """The exit status: 0 when every promise held; or, with a guard broken, when the right check caught it."""
     print(f"\nrecorded: {_counts(report.statuses)}\nanswered: {_counts(report.answers)}")
     if report.events.get("redis"):
         print(f"Redis was killed {report.events['redis']} times")
@@ -97,52 +128,54 @@ def _tell_result(report: Report) -> bool:
             print(f"         and {len(found) - NAMED_MAX} more")
     for fault in report.uncovered:
         print(f"WRONG  covered        The run proves too little: {fault}")
-    print(f"\n{report.claim}")
+    print(f"\n{report.claim}", flush=True)
     if (control := report.options.control) is not None:
-        caught = bool(report.faults[CAUGHT_BY[control]])
-        print(f"the broken guard {control!r} was {'' if caught else 'NOT '}caught by the check {CAUGHT_BY[control]!r}")
-        return caught
+        return _tell_control(report, control)
     if not report.held:
         print(f"seed {report.options.seed} with {report.options}")
-    return report.held
+    return 0 if report.held else 1
+
+
+def _tell_control(report: Report, control: str) -> int:
+    if control == FORGETTING_KEYS and not report.keyed:
+        return SKIPPED
+    caught = bool(report.faults[CAUGHT_BY[control]])
+    print(f"the broken guard {control!r} was {'' if caught else 'NOT '}caught by the check {CAUGHT_BY[control]!r}")
+    return 0 if caught else 1
 
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
-def _options(arguments: Sequence[str] | None) -> tuple[Options, bool]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m chaos", description="Crash everything, then prove that nothing was lost."
     )
     parser.add_argument("--short", action="store_true", help="one of each event, in about a minute")
     parser.add_argument("--seed", type=int, help="by default a new one, which is printed")
-    for name in (
-        "invocations",
-        "kills",
-        "pauses",
-        "database_crashes",
-        "redis_crashes",
-        "clients",
-        "servers",
-        "workers",
-    ):
+    for name in COUNTS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name in ("duration_s", "calls_per_s", "lease_s"):
-        parser.add_argument(f"--{name.removesuffix('_s').replace('_', '-')}", dest=name, type=float, metavar="S")
+    for name, flag in PACES.items():
+        parser.add_argument(flag, dest=name, type=float, metavar=name.upper())
     parser.add_argument("--redis", action="store_true", help="keep the limits in a Redis, and kill that too")
     parser.add_argument("--control", choices=sorted(CAUGHT_BY), help="break this guard; success is to catch it")
+    parser.add_argument("--controls", action="store_true", help="break every guard in turn, in short runs")
     parser.add_argument("--keep", action="store_true", help="keep the files of a good run, too")
-    given = vars(parser.parse_args(arguments))
-    preset = SHORT if given.pop("short") else LONG
-    keep = given.pop("keep")
-    if given.pop("redis"):
+    return parser
+
+
+def _options(given: argparse.Namespace) -> Options | None:
+    """None: this version has no Redis to be killed."""
+    preset = SHORT if given.short else LONG
+    chosen = {name: getattr(given, name) for name in (*COUNTS, *PACES, "seed", "control")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if given.redis or given.redis_crashes or given.control == FORGETFUL_REDIS:
         if not hasattr(Settings.from_env({}), "redis_url"):
-            parser.exit(77, "skipped: this version keeps no limits in Redis\n")
-        given["redis_crashes"] = given["redis_crashes"] or max(1, preset.database_crashes)
-    if given["seed"] is None:
-        given["seed"] = random.SystemRandom().randrange(1_000_000)
-    return attrs.evolve(preset, **{name: value for name, value in given.items() if value is not None}), keep
+            return None
+        chosen.setdefault("redis_crashes", max(1, preset.database_crashes))
+    chosen.setdefault("seed", random.SystemRandom().randrange(1_000_000))
+    return attrs.evolve(preset, **chosen)
 
 
 if __name__ == "__main__":

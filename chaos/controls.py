@@ -1,7 +1,8 @@
 """
 Ledgers that each break one guard. A harness that does not catch every one of them proves nothing.
 
-They stand around the real ledger and use nothing of it but its port and, by connections of their own, its tables.
+They stand around the real ledger and use nothing of it but its port and, by connections of their own, its tables. Two
+leave the ledger as it is and weaken what it stands on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import aiohttp
+import attrs
 import psycopg
 from psycopg.rows import dict_row
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -30,6 +32,8 @@ from external_agents.ports.ledger import Admission, AdmissionRequest
 RECORDED_AFTER_S = 0.5
 STORED_AFTER_S = 2.0
 AGAIN_S = 0.2
+PROBE_KEY = "probe"
+FORGETTING_KEYS = "forgetting-keys"
 DATABASE = "CHAOS_DATABASE"
 """The environment variable with the database's URL as psycopg takes it."""
 
@@ -204,23 +208,36 @@ class ForgivingUnknowns(PostgresLedger):
         return ended
 
 
+class ForgettingKeys(PostgresLedger):
+    """Takes every call under an idempotency key for the first one; but the probe must find that keys work."""
+
+    async def admit(self, request: AdmissionRequest) -> Admission:
+        key = request.idempotency_key if request.idempotency_key == PROBE_KEY else None
+        return await super().admit(attrs.evolve(request, idempotency_key=key))
+
+
 CONTROLS: Mapping[str, type[PostgresLedger]] = {
     "resending": Resending,
     "sending-first": SendingFirst,
     "answering-first": AnsweringFirst,
+    FORGETTING_KEYS: ForgettingKeys,
     "forgetting-windows": ForgettingWindows,
     "charging-twice": ChargingTwice,
     "forgiving-unknowns": ForgivingUnknowns,
 }
 
 LAZY_COMMIT = "lazy-commit"
-"""No ledger of its own: its connections switch synchronous_commit off, so a commit is told before it is on disk."""
+"""The real ledger, whose connections switch synchronous_commit off: a commit is told before it is on disk."""
+FORGETFUL_REDIS = "forgetful-redis"
+"""The real ledger, with a Redis that keeps nothing on disk."""
 
 CAUGHT_BY: Mapping[str, str] = {
     "resending": "sent twice",
     "sending-first": "written ahead",
     "answering-first": "acknowledged",
+    FORGETTING_KEYS: "one a call",
     "forgetting-windows": "windows",
+    FORGETFUL_REDIS: "windows",
     "charging-twice": "books",
     "forgiving-unknowns": "charges",
     LAZY_COMMIT: "acknowledged",

@@ -12,6 +12,7 @@ from uuid import UUID
 import aiohttp
 import attrs
 
+from chaos.controls import PROBE_KEY
 from chaos.machines import WATCH_S, Census
 from chaos.plan import Call, Plan
 
@@ -211,7 +212,7 @@ async def register(plan: Plan, address: str, keys: Mapping[str, str], url: str) 
 
 async def knows_keys(address: str, key: str, org: str, agent_id: UUID) -> bool:
     """Whether the API replays an invocation under the same Idempotency-Key."""
-    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "probe"}
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": PROBE_KEY}
     async with _session() as session:
         for _ in range(2):
             url, payload = f"{address}{API}/{agent_id}/invoke", {**PROBE, "org": org}
@@ -226,7 +227,7 @@ async def until_ready(addresses: list[str], census: Census, workers: int, within
         for address in addresses:
             while True:
                 try:
-                    async with session.get(f"{address}/readyz") as response:
+                    async with session.get(f"{address}/healthz") as response:
                         if response.status == 200:
                             break
                 except aiohttp.ClientError:

@@ -134,9 +134,10 @@ class AgentProcess:
 
 
 class Redis:
-    """A Redis that forgets nothing when it is killed: appendonly yes, appendfsync always."""
+    """With `durable`, it forgets nothing when it is killed: appendonly yes, appendfsync always."""
 
-    def __init__(self, folder: Path, log_fd: int) -> None:
+    def __init__(self, folder: Path, log_fd: int, *, durable: bool) -> None:
+        self._durable = durable
         with listener() as free:
             self._port = free.getsockname()[1]
         self._folder = folder
@@ -160,7 +161,7 @@ class Redis:
             "bind": "127.0.0.1",
             "port": self._port,
             "dir": self._folder,
-            "appendonly": "yes",
+            "appendonly": "yes" if self._durable else "no",
             "appendfsync": "always",
             "maxmemory-policy": "noeviction",
             "save": "",

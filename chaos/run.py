@@ -18,7 +18,7 @@ import psycopg
 
 from chaos import server as app
 from chaos.checks import CHECKS, CLAIMS, Named, covered
-from chaos.controls import DATABASE, LAZY_COMMIT
+from chaos.controls import DATABASE, FORGETFUL_REDIS, LAZY_COMMIT
 from chaos.events import Demon
 from chaos.evidence import Evidence, arrivals_of, instances_of, tables_of, unfinished
 from chaos.load import Callers, knows_keys, register, until_ready
@@ -96,7 +96,7 @@ async def run(options: Options, folder: Path, tell: Tell) -> Report:
         redis = None
         if options.redis_crashes:
             (folder / "redis").mkdir()
-            redis = Redis(folder / "redis", log.fileno())
+            redis = Redis(folder / "redis", log.fileno(), durable=options.control != FORGETFUL_REDIS)
             stack.callback(redis.stop)
         settings = _settings(options, folder, postgres.url, secret_keys, redis)
         servers = []
