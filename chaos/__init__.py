@@ -19,6 +19,7 @@ killed. How the processes interleave is not.
     events    the killing and stopping
     evidence  the three accounts, gathered
     checks    what must hold of them
+    moments   the checks of what was admitted when
     controls  ledgers that break one guard each; the checks must catch every one
     run       all of it in order
 """

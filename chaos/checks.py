@@ -1,8 +1,7 @@
 """
 What must hold at the end of a run. Each check is a function of the evidence and names every offender.
 
-None of them raises a false alarm on a slow machine: where only the order of two clock readings could tell, the check
-takes the two ends of the interval in which a thing happened, and complains when no moment within them would do.
+None of them raises a false alarm on a slow machine; see `moments`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import attrs
 from chaos.agent import success
 from chaos.evidence import Account, Arrival, Evidence, Row, grouped
 from chaos.load import Answer
+from chaos.moments import switched_off, windows
 
 ENDED = frozenset({"succeeded", "failed", "unknown"})
 REFUSALS = frozenset({402, 409, 429})
 EXPECTED = frozenset({None, 200, 402, 409, 429, 502, 503, 504})
-WINDOWS_S: Mapping[str, float] = {"per_minute": 60.0, "per_hour": 3600.0}
 
 Check: TypeAlias = Callable[[Evidence], Iterator[str]]
 
@@ -201,65 +200,6 @@ def _costs(row: Row) -> set[Decimal | None]:
             return {None}  # Every attempt was answered completely, and none with success.
         case _:
             return {None, row.reservation}
-
-
-def windows(evidence: Evidence) -> Iterator[str]:
-    """
-    In no stretch of a window's length were more invocations admitted than the limit.
-
-    When one was admitted nobody can tell from outside, but its id was made before and it reached the agent, or was
-    answered, after. So it counts for a stretch only when both of these moments lie within.
-    """
-    for agent_id, rows in grouped(list(evidence.rows.values()), "agent_id").items():
-        agent = evidence.agents[agent_id]
-        for name, length_s in WINDOWS_S.items():
-            limit = getattr(agent, name)
-            if limit is not None and (fault := _overfull(_intervals(evidence, rows), limit, length_s)):
-                yield f"{agent.org}'s {agent.name} ({limit} {name.replace('_', ' a ').removeprefix('per ')}) {fault}"
-
-
-def _intervals(evidence: Evidence, rows: Sequence[Row]) -> list[tuple[float, float]]:
-    ends = _known_by(evidence)
-    return sorted((row.created_at.timestamp(), ends[row.id]) for row in rows if row.id in ends)
-
-
-def _known_by(evidence: Evidence) -> dict[UUID, float]:
-    """When it was at the latest admitted."""
-    ends: dict[UUID, float] = {}
-    for arrival in evidence.arrivals:
-        ends[arrival.id] = min(arrival.at, ends.get(arrival.id, arrival.at))
-    for answer in evidence.answers:
-        if (id := answer.invocation_id) is not None:
-            ends[id] = min(answer.ended_at, ends.get(id, answer.ended_at))
-    return ends
-
-
-def _overfull(intervals: Sequence[tuple[float, float]], limit: int, length_s: float) -> str | None:
-    """`intervals` by their beginnings; a stretch that holds too many may as well begin where one of them does."""
-    worst = max(
-        (
-            (sum(1 for _, end in intervals[first:] if end < begin + length_s), begin)
-            for first, (begin, _) in enumerate(intervals)
-        ),
-        default=(0, 0.0),
-    )
-    count, begin = worst
-    return f"admitted {count} within {length_s:.0f} s from {begin:.3f}" if count > limit else None
-
-
-def switched_off(evidence: Evidence) -> Iterator[str]:
-    """While an agent was switched off, as its editor had been told, nothing was admitted."""
-    ends = _known_by(evidence)
-    rows = grouped(list(evidence.rows.values()), "agent_id")
-    for agent_id, edits in grouped(list(evidence.edits), "agent_id").items():
-        since: float | None = None
-        for edit in sorted(edits, key=lambda edit: edit.sent_at):
-            if since is not None and "status" in edit.change:
-                for row in rows.get(agent_id, ()):
-                    if row.created_at.timestamp() > since and ends.get(row.id, float("inf")) < edit.sent_at:
-                        yield f"{row.id} was admitted between {since:.3f} and {edit.sent_at:.3f}, while it was off"
-            if "status" in edit.change:
-                since = edit.ended_at if edit.done and edit.change["status"] == "inactive" else None
 
 
 def expected_answers(evidence: Evidence) -> Iterator[str]:

@@ -6,12 +6,14 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from chaos.machines import WATCH_S, Census, Database, Redis, Worker
 from chaos.plan import Event
 
 Tell = Callable[[str], None]
+Busy = Callable[[], Awaitable[set[int]]]
+"""The processes that have invocations running, as far as the database can be asked."""
 
 
 class Demon:
@@ -20,7 +22,10 @@ class Demon:
         done: How many events of each kind there were.
     """
 
-    def __init__(self, seed: int, census: Census, database: Database, redis: Redis | None, tell: Tell) -> None:
+    def __init__(
+        self, seed: int, census: Census, database: Database, redis: Redis | None, busy: Busy, tell: Tell
+    ) -> None:
+        self._busy = busy
         self._chance = random.Random(f"{seed}/demon")
         self._census = census
         self._database = database
@@ -54,12 +59,12 @@ class Demon:
         self.done[event.kind] += 1
 
     async def _kill(self) -> None:
-        worker = self._chance.choice(await self._two_living())
+        worker = await self._victim()
         self._census.kill(worker)
         self._tell(f"kill: worker {worker.pid} of server {worker.server}")
 
     async def _pause(self, lasts_s: float) -> None:
-        worker = self._chance.choice(await self._two_living())
+        worker = await self._victim()
         self._census.stop(worker)
         self._tell(f"pause: worker {worker.pid} of server {worker.server} for {lasts_s:.1f} s")
         try:
@@ -68,9 +73,10 @@ class Demon:
             self._census.resume(worker)
         self._tell(f"pause: worker {worker.pid} goes on")
 
-    async def _two_living(self) -> list[Worker]:
-        """One must be left to go on."""
+    async def _victim(self) -> Worker:
+        """One that has something to lose, if there is one; and another one is left to go on."""
         while True:
+            busy = await self._busy()
             if len(living := self._census.living()) >= 2:
-                return living
+                return self._chance.choice([worker for worker in living if worker.pid in busy] or living)
             await asyncio.sleep(WATCH_S)

@@ -25,6 +25,7 @@ _ROWS = """
     FROM external_agent_invocations
 """
 _ACCOUNTS = "SELECT org_id, agent_id, currency, month, spent, reserved FROM external_agent_budgets"
+_RUNNING = "SELECT DISTINCT instance_id FROM external_agent_invocations WHERE status = 'running'"
 _UNFINISHED = "SELECT count(*) FROM external_agent_invocations WHERE status IN ('running', 'pending')"
 
 
@@ -118,6 +119,15 @@ async def tables_of(dsn: str) -> tuple[dict[UUID, Row], list[Account]]:
         rows = [_row(found) for found in await (await connection.execute(_ROWS)).fetchall()]
         accounts = [Account(**found) for found in await (await connection.execute(_ACCOUNTS)).fetchall()]
     return {row.id: row for row in rows}, accounts
+
+
+async def running_instances(dsn: str) -> set[UUID]:
+    """Those that have invocations running; none when the database cannot be asked."""
+    try:
+        async with await psycopg.AsyncConnection.connect(dsn) as connection:
+            return {found for (found,) in await (await connection.execute(_RUNNING)).fetchall()}
+    except psycopg.Error:
+        return set()
 
 
 async def unfinished(dsn: str) -> int:

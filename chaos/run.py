@@ -20,7 +20,7 @@ from chaos import server as app
 from chaos.checks import CHECKS, CLAIMS, Named, covered
 from chaos.controls import DATABASE, FORGETFUL_REDIS, LAZY_COMMIT
 from chaos.events import Demon
-from chaos.evidence import Evidence, arrivals_of, instances_of, tables_of, unfinished
+from chaos.evidence import Evidence, arrivals_of, instances_of, running_instances, tables_of, unfinished
 from chaos.load import Callers, knows_keys, register, until_ready
 from chaos.machines import AgentProcess, ApiServer, Census, Database, Redis, to_the_end
 from chaos.plan import ORGANISATIONS, Options, Plan
@@ -111,7 +111,12 @@ async def run(options: Options, folder: Path, tell: Tell) -> Report:
         keyed = await knows_keys(addresses[0], keys[probed], probed, agent_ids[probed, "free"])
         tell(f"{len(agent_ids)} agents; {'with' if keyed else 'without'} idempotency keys; the load begins")
         callers = Callers(plan, addresses, keys, agent_ids, keyed=keyed)
-        demon = Demon(options.seed, census, database, redis, tell)
+
+        async def busy() -> set[int]:
+            process_of = instances_of(folder / "instances")
+            return {process_of[instance] for instance in await running_instances(database.dsn)}
+
+        demon = Demon(options.seed, census, database, redis, busy, tell)
         await _disturb(plan, callers, demon, census, tell)
         await _await_recovery(database.dsn, tell)
         census.look()

@@ -29,8 +29,15 @@ def create_app() -> AsgiApp:
     ledger_class = CONTROLS.get(os.environ.get(CONTROL, ""), PostgresLedger)
 
     def make_ledger(engine: AsyncEngine, instance_id: UUID, **options: Any) -> PostgresLedger:
-        (Path(os.environ[INSTANCES]) / str(instance_id)).write_text(str(os.getpid()))
+        _enter(Path(os.environ[INSTANCES]), instance_id)
         lease_s, heartbeat_s = float(os.environ[LEASE_S]), float(os.environ[HEARTBEAT_S])
         return ledger_class(engine, instance_id, lease_s=lease_s, heartbeat_s=heartbeat_s, **options)
 
     return create_asgi_app(make_ledger=make_ledger)
+
+
+def _enter(instances: Path, instance_id: UUID) -> None:
+    """Whole or not at all, for somebody may be reading the folder."""
+    unfinished = instances.parent / str(instance_id)
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(instances / str(instance_id))
