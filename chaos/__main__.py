@@ -16,10 +16,9 @@ from pathlib import Path
 import attrs
 
 from chaos.checks import CHECKS
-from chaos.controls import CAUGHT_BY, FORGETFUL_REDIS, FORGETTING_KEYS
+from chaos.controls import CAUGHT_BY, FORGETFUL_REDIS
 from chaos.plan import Options
 from chaos.run import Report, Tell, run
-from external_agents.settings import Settings
 
 SHORT = Options(
     seed=0,
@@ -56,17 +55,13 @@ COUNTS = (
 PACES = {"duration_s": "--duration", "lease_s": "--lease", "calls_per_s": "--rate"}
 NAMED_MAX = 10
 INTERRUPTED = 130
-SKIPPED = 77
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if given.controls:
         return _every_control()
-    if (options := _options(given)) is None:
-        print("skipped: this version keeps no limits in Redis")
-        return SKIPPED
-    return _run(options, keep=given.keep)
+    return _run(_options(given), keep=given.keep)
 
 
 def _every_control() -> int:
@@ -74,9 +69,8 @@ def _every_control() -> int:
     for control in sorted(CAUGHT_BY):
         print(f"\n--- {control}", flush=True)
         statuses[control] = main(["--short", "--control", control])
-    said = {0: "caught", SKIPPED: "skipped"}
-    print("\n" + "\n".join(f"{said.get(status, 'NOT CAUGHT'):<10}  {name}" for name, status in statuses.items()))
-    return 0 if set(statuses.values()) <= set(said) else 1
+    print("\n" + "\n".join(f"{'NOT CAUGHT' if status else 'caught':<10}  {name}" for name, status in statuses.items()))
+    return 1 if any(statuses.values()) else 0
 
 
 def _run(options: Options, *, keep: bool) -> int:
@@ -92,7 +86,7 @@ def _run(options: Options, *, keep: bool) -> int:
     try:
         tell(f"seed {options.seed}; files in {folder}")
         status = _tell_result(asyncio.run(_interruptible(options, folder, tell)))
-        useful = keep or status not in (0, SKIPPED)
+        useful = keep or status != 0
     except (KeyboardInterrupt, asyncio.CancelledError):
         useful, status = keep, INTERRUPTED
         print("interrupted", file=sys.stderr)
@@ -115,8 +109,6 @@ def _tell_result(report: Report) -> int:
     print(f"\nrecorded: {_counts(report.statuses)}\nanswered: {_counts(report.answers)}")
     if report.events.get("redis"):
         print(f"Redis was killed {report.events['redis']} times")
-    if not report.keyed:
-        print("idempotency: skipped, this version does not replay an Idempotency-Key")
     if report.late:
         print(f"note: {report.late} attempts were begun after the verdict, by processes stopped past their lease")
     for named in CHECKS:
@@ -137,8 +129,6 @@ def _tell_result(report: Report) -> int:
 
 
 def _tell_control(report: Report, control: str) -> int:
-    if control == FORGETTING_KEYS and not report.keyed:
-        return SKIPPED
     caught = bool(report.faults[CAUGHT_BY[control]])
     print(f"the broken guard {control!r} was {'' if caught else 'NOT '}caught by the check {CAUGHT_BY[control]!r}")
     return 0 if caught else 1
@@ -165,14 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(given: argparse.Namespace) -> Options | None:
-    """None: this version has no Redis to be killed."""
+def _options(given: argparse.Namespace) -> Options:
     preset = SHORT if given.short else LONG
     chosen = {name: getattr(given, name) for name in (*COUNTS, *PACES, "seed", "control")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if given.redis or given.redis_crashes or given.control == FORGETFUL_REDIS:
-        if not hasattr(Settings.from_env({}), "redis_url"):
-            return None
         chosen.setdefault("redis_crashes", max(1, preset.database_crashes))
     chosen.setdefault("seed", random.SystemRandom().randrange(1_000_000))
     return attrs.evolve(preset, **chosen)

@@ -254,7 +254,7 @@ def covered(evidence: Evidence, events: Mapping[str, int]) -> Iterator[str]:
             yield f"nothing was answered with {status}"
     if events.get("kill") and not any(row.status == "unknown" for row in evidence.rows.values()):
         yield "nothing was interrupted"
-    if evidence.keyed and not any(answer.replayed for answer in evidence.answers):
+    if not any(answer.replayed for answer in evidence.answers):
         yield "nothing was replayed"
 
 

@@ -32,8 +32,6 @@ from external_agents.ports.ledger import Admission, AdmissionRequest
 RECORDED_AFTER_S = 0.5
 STORED_AFTER_S = 2.0
 AGAIN_S = 0.2
-PROBE_KEY = "probe"
-FORGETTING_KEYS = "forgetting-keys"
 DATABASE = "CHAOS_DATABASE"
 """The environment variable with the database's URL as psycopg takes it."""
 
@@ -209,18 +207,17 @@ class ForgivingUnknowns(PostgresLedger):
 
 
 class ForgettingKeys(PostgresLedger):
-    """Takes every call under an idempotency key for the first one; but the probe must find that keys work."""
+    """Takes every call under an idempotency key for the first one."""
 
     async def admit(self, request: AdmissionRequest) -> Admission:
-        key = request.idempotency_key if request.idempotency_key == PROBE_KEY else None
-        return await super().admit(attrs.evolve(request, idempotency_key=key))
+        return await super().admit(attrs.evolve(request, idempotency_key=None))
 
 
 CONTROLS: Mapping[str, type[PostgresLedger]] = {
     "resending": Resending,
     "sending-first": SendingFirst,
     "answering-first": AnsweringFirst,
-    FORGETTING_KEYS: ForgettingKeys,
+    "forgetting-keys": ForgettingKeys,
     "forgetting-windows": ForgettingWindows,
     "charging-twice": ChargingTwice,
     "forgiving-unknowns": ForgivingUnknowns,
@@ -235,7 +232,7 @@ CAUGHT_BY: Mapping[str, str] = {
     "resending": "sent twice",
     "sending-first": "written ahead",
     "answering-first": "acknowledged",
-    FORGETTING_KEYS: "one a call",
+    "forgetting-keys": "one a call",
     "forgetting-windows": "windows",
     FORGETFUL_REDIS: "windows",
     "charging-twice": "books",

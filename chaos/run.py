@@ -21,7 +21,7 @@ from chaos.checks import CHECKS, CLAIMS, Named, covered
 from chaos.controls import DATABASE, FORGETFUL_REDIS, LAZY_COMMIT
 from chaos.events import Demon
 from chaos.evidence import Evidence, arrivals_of, instances_of, running_instances, tables_of, unfinished
-from chaos.load import Callers, knows_keys, register, until_ready
+from chaos.load import Callers, register, until_ready
 from chaos.machines import AgentProcess, ApiServer, Census, Database, Redis, to_the_end
 from chaos.plan import ORGANISATIONS, Options, Plan
 from external_agents.adapters.identity import ApiKeys
@@ -62,7 +62,6 @@ class Report:
     faults: Mapping[str, list[str]]
     uncovered: list[str]
     events: Mapping[str, int]
-    keyed: bool
     late: int
 
     @property
@@ -107,10 +106,8 @@ async def run(options: Options, folder: Path, tell: Tell) -> Report:
         addresses = [server.address for server in servers]
         await until_ready(addresses, census, options.servers * options.workers, READY_S)
         agent_ids = await register(plan, addresses[0], keys, agent.url)
-        probed = ORGANISATIONS[0]
-        keyed = await knows_keys(addresses[0], keys[probed], probed, agent_ids[probed, "free"])
-        tell(f"{len(agent_ids)} agents; {'with' if keyed else 'without'} idempotency keys; the load begins")
-        callers = Callers(plan, addresses, keys, agent_ids, keyed=keyed)
+        tell(f"{len(agent_ids)} agents; the load begins")
+        callers = Callers(plan, addresses, keys, agent_ids)
 
         async def busy() -> set[int]:
             process_of = instances_of(folder / "instances")
@@ -135,7 +132,6 @@ async def run(options: Options, folder: Path, tell: Tell) -> Report:
             accounts=accounts,
             workers=workers,
             process_of=instances_of(folder / "instances"),
-            keyed=keyed,
         )
     return _report(options, evidence, demon)
 
@@ -222,7 +218,6 @@ def _report(options: Options, evidence: Evidence, demon: Demon) -> Report:
         faults={named.name: faults(named) for named in CHECKS},
         uncovered=list(covered(evidence, demon.done)),
         events=demon.done,
-        keyed=evidence.keyed,
         late=sum(
             1
             for row in rows

@@ -1,5 +1,5 @@
 """
-What tests of every kind may ask for: a database of one's own on a real PostgreSQL, and a real HTTP agent.
+What tests of every kind may ask for: a database of one's own on a real PostgreSQL, a real Redis, a real HTTP agent.
 
 Adapters are imported by the fixtures that need them: the tests of the core run with nothing but the core installed.
 """
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from agents import Agent
     from postgres_server import PostgresServer
+    from redis_server import RedisServer
 
 
 # `--hypothesis-profile=thorough` tries fifty times as hard.
@@ -47,6 +48,15 @@ def postgres_url(postgres_server: PostgresServer, postgres_url_template: str) ->
     """The SQLAlchemy URL of a fresh database with the newest schema, for one test."""
     with postgres_server.database(postgres_url_template) as name:
         yield postgres_server.url(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One durable server a test process, which nobody may stop or empty; see `redis_server.py`."""
+    from redis_server import running_redis
+
+    with running_redis() as server:
+        yield server
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ The domain's values, the errors and the service stand here; the ports in `extern
 from external_agents.application.invocation import Invoked
 from external_agents.application.parameters import AgentPage, InvocationPage
 from external_agents.application.service import ExternalAgentService
+from external_agents.application.usage import BudgetUsage, RateLimitUsage, Usage, WindowUsage
 from external_agents.domain.access import AccessRequest, Action, Decision, Principal
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.auth import AuthScheme, ClientCredentials, FixedHeaders
@@ -36,7 +37,13 @@ from external_agents.domain.invocation import Attempt, ErrorCode, ExternalAgentI
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.platform import Platform
 from external_agents.domain.rate_limit import Quota, RateQuotas, Window
-from external_agents.domain.refusals import AdmissionRefused, BudgetExceeded, RateLimited
+from external_agents.domain.refusals import (
+    AdmissionRefused,
+    BudgetExceeded,
+    IdempotencyKeyInFlight,
+    IdempotencyKeyReused,
+    RateLimited,
+)
 
 __all__ = [
     "AccessRequest",
@@ -50,6 +57,7 @@ __all__ = [
     "AuthScheme",
     "BudgetConfig",
     "BudgetExceeded",
+    "BudgetUsage",
     "Catalog",
     "ClientCredentials",
     "ConfigurationError",
@@ -62,6 +70,8 @@ __all__ = [
     "ExternalAgentsError",
     "Fault",
     "FixedHeaders",
+    "IdempotencyKeyInFlight",
+    "IdempotencyKeyReused",
     "IllegalTransition",
     "InvocationNotFound",
     "InvocationPage",
@@ -76,12 +86,15 @@ __all__ = [
     "Platform",
     "Principal",
     "Quota",
+    "RateLimitUsage",
     "RateLimited",
     "RateQuotas",
     "SecretUnreadable",
     "StaleVersion",
     "Unauthenticated",
     "Unavailable",
+    "Usage",
     "ValidationError",
     "Window",
+    "WindowUsage",
 ]

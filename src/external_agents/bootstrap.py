@@ -27,17 +27,20 @@ from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
 from external_agents.adapters.postgres.embedded.home import unusable
 from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import keep_partitions
 from external_agents.adapters.postgres.readiness import check
 from external_agents.adapters.postgres.schema import migrate
+from external_agents.adapters.redis import RedisCheck, RedisConnection, RedisRateLimiter
 from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
 from external_agents.adapters.telemetry import StructlogObservability, configure_logging
 from external_agents.adapters.webhook.transport import WebhookTransport
+from external_agents.application.limited_ledger import LimitedLedger
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
@@ -50,7 +53,8 @@ PLATFORMS_GROUP = "external_agents.platforms"
 ENDINGS_POOL_SIZE = 4
 ENDINGS_POOL_WAIT_S = 30.0
 PARTITIONS_EVERY_S = 86_400.0
-PARTITIONS_AGAIN_S = 60.0
+KEYS_EVERY_S = 3_600.0
+UPKEEP_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
 
 MakeLedger: TypeAlias = Callable[..., PostgresLedger]
@@ -61,17 +65,24 @@ _log = logging.getLogger(__name__)
 
 @attrs.frozen(kw_only=True)
 class Installation:
-    """A service with all that stands around it, open for the length of `open_installation`."""
+    """
+    A service with all that stands around it, open for the length of `open_installation`.
+
+    Attributes:
+        redis: Looks at the Redis that keeps the rate limits; None: the database keeps them.
+    """
 
     service: ExternalAgentService
     authenticator: Authenticator
     api_keys: ApiKeys
     engine: AsyncEngine = attrs.field(repr=False)
     key_ring: KeyRing
+    redis: RedisCheck | None = None
 
     async def readiness(self) -> Mapping[str, str | None]:
         """What must be there to serve, by name, and why it is not; None where it is."""
-        return {**await database_readiness(self.engine), "keys": None}
+        redis = {} if self.redis is None else {"redis": (await self.redis()).reason}
+        return {**await database_readiness(self.engine), **redis, "keys": None}
 
 
 async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
@@ -112,10 +123,13 @@ async def open_installation(
     """
     clock, ids = SystemClock(), SystemIds()
     key_ring = load_key_ring(settings)
+    limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
+    redis = None if settings.redis_url is None else RedisCheck(redis_connection(settings.redis_url))
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
-    ledger = make_ledger(engine, ids.new_id(), endings=endings)
+    postgres_ledger = make_ledger(engine, ids.new_id(), endings=endings)
+    ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
     authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
@@ -134,7 +148,11 @@ async def open_installation(
         authenticator=authenticator,
         catalog=discover_catalog(),
     )
-    upkeep = (partial(keep_up, ledger, clock, ledger.heartbeat_s), partial(_keep_partitions, engine))
+    upkeep = (
+        partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s),
+        partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
+        partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
+    )
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
         yield Installation(
@@ -143,6 +161,7 @@ async def open_installation(
             api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
             engine=engine,
             key_ring=key_ring,
+            redis=redis,
         )
     finally:
         await service.drain()
@@ -150,7 +169,10 @@ async def open_installation(
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         with suppress(Unavailable):
-            await ledger.retire()
+            await postgres_ledger.retire()
+        for part in (limiter, redis):
+            if part is not None:
+                await part.aclose()
         await transport.aclose()
         await engine.dispose()
         await endings.dispose()
@@ -228,6 +250,17 @@ def load_key_ring(settings: Settings) -> KeyRing:
     return KeyRing.load_or_create(home / "secret-keys")
 
 
+def redis_connection(url: str) -> RedisConnection:
+    """
+    Raises:
+        ConfigurationError: The URL cannot be used.
+    """
+    try:
+        return RedisConnection(url)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{variable_of('redis_url')} cannot be used. {error}") from None
+
+
 def discover_catalog() -> Catalog:
     """
     The built-in auth types and platforms, and those of installed packages.
@@ -251,14 +284,14 @@ def _running_database_url(settings: Settings) -> str:
     return url
 
 
-async def _keep_partitions(engine: AsyncEngine) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[object]], what: str) -> None:
     while True:
         try:
-            await keep_partitions(engine)
-            await asyncio.sleep(PARTITIONS_EVERY_S)
+            await work()
+            await asyncio.sleep(seconds)
         except Unavailable as outage:
-            _log.warning("the upkeep of partitions waits: %s", outage)
-            await asyncio.sleep(PARTITIONS_AGAIN_S)
+            _log.warning("%s waits: %s", what, outage)
+            await asyncio.sleep(UPKEEP_AGAIN_S)
 
 
 async def _kept_running(work: Callable[[], Awaitable[None]]) -> None:

@@ -36,6 +36,25 @@ def _database_url(url: str | None) -> str | None:
     return f"postgresql+psycopg://{rest}"
 
 
+def _redis_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in {"redis", "rediss", "unix"}:
+        raise ValueError("must begin with redis://, rediss:// or unix://")
+    parts = urlsplit(url)
+    try:
+        is_clear = scheme == "unix" or (parts.port != 0 and "@" not in parts.path + parts.query + parts.fragment)
+    except ValueError:
+        is_clear = False
+    if not is_clear:
+        # What is wrong with it may be a part of the password.
+        raise ValueError("is no valid URL: percent-encode what is special in a password")
+    if scheme == "unix" and not parts.path:
+        raise ValueError("must name a socket: unix:///path/to/socket")
+    return url
+
+
 def _bounded(text: str, *, minimum: int, maximum: int) -> int:
     if not (text.isascii() and text.isdecimal()) or not minimum <= int(text) <= maximum:
         raise ValueError(f"must be an integer from {minimum} to {maximum}")
@@ -65,6 +84,7 @@ class Settings:
         egress_ports: The ports allowed on public addresses.
         max_body_bytes: The largest request body, and the largest answer taken from an agent.
         log_format: `console` or `json`; None: console on a terminal, else json.
+        redis_url: None: rate limits live in the database.
         policy_dir: None: the packaged Cedar policies alone.
     """
 
@@ -80,6 +100,7 @@ class Settings:
     )
     log_format: str | None = environ.var(None, converter=partial(_choice, choices=LOG_FORMATS), help="console or json")
     log_level: str = environ.var("info", converter=partial(_choice, choices=LOG_LEVELS), help="debug … critical")
+    redis_url: str | None = environ.var(None, converter=_redis_url, help="a Redis that keeps the rate limits")
     policy_dir: Path | None = environ.var(None, converter=_path, help="a folder of *.cedar files")
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from external_agents.adapters.memory import (
@@ -11,16 +13,21 @@ from external_agents.adapters.memory import (
     MemoryAuthenticator,
     MemoryInvocationReader,
     MemoryLedger,
+    MemoryRateLimiter,
     MemorySecretBox,
     MemoryStore,
     PermissionPolicy,
 )
+from external_agents.application.limited_ledger import LimitedLedger
 from external_agents.domain.access import Principal
+from external_agents.ports.ledger import InvocationLedger
 from external_agents.testing.fakes import FakeClock
+from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract, AuthenticatorContract, Issue
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
 from external_agents.testing.policy import PolicyContract
+from external_agents.testing.rate_limits import NewLimiter, RateLimiterContract
 from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
 from external_agents.testing.secrets import SecretBoxContract
 from external_agents.testing.stores import PassTime, Store
@@ -32,11 +39,16 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def store(clock: FakeClock) -> Store:
-    memory = MemoryStore()
+def pass_time(clock: FakeClock) -> PassTime:
+    async def pass_time(seconds: float) -> None:
+        clock.advance(seconds)
 
-    async def new_ledger() -> MemoryLedger:
-        ledger = MemoryLedger(memory, clock)
+    return pass_time
+
+
+def store_of(memory: MemoryStore, clock: FakeClock, limited: Callable[[InvocationLedger], InvocationLedger]) -> Store:
+    async def new_ledger() -> InvocationLedger:
+        ledger = limited(MemoryLedger(memory, clock))
         await ledger.heartbeat()
         return ledger
 
@@ -47,6 +59,18 @@ def store(clock: FakeClock) -> Store:
         new_ledger=new_ledger,
         now=clock.now,
     )
+
+
+@pytest.fixture
+def store(clock: FakeClock) -> Store:
+    return store_of(MemoryStore(), clock, lambda ledger: ledger)
+
+
+@pytest.fixture
+def limited_store(clock: FakeClock) -> Store:
+    """The limits of its ledgers are kept apart from it."""
+    limiter = MemoryRateLimiter(clock)
+    return store_of(MemoryStore(), clock, lambda ledger: LimitedLedger(ledger, limiter))
 
 
 class TestMemoryAgentRepository(AgentRepositoryContract):
@@ -62,12 +86,36 @@ class TestMemoryLedger(LedgerContract):
 
 
 class TestMemoryLedgerOverTime(LedgerTimeContract):
-    @pytest.fixture
-    def pass_time(self, clock: FakeClock) -> PassTime:
-        async def pass_time(seconds: float) -> None:
-            clock.advance(seconds)
+    pass
 
-        return pass_time
+
+class TestMemoryIdempotency(IdempotencyContract):
+    pass
+
+
+class TestLimitedMemoryLedger(LedgerContract):
+    @pytest.fixture
+    def store(self, limited_store: Store) -> Store:
+        return limited_store
+
+
+class TestLimitedMemoryLedgerOverTime(LedgerTimeContract):
+    @pytest.fixture
+    def store(self, limited_store: Store) -> Store:
+        return limited_store
+
+
+class TestLimitedMemoryIdempotency(IdempotencyContract):
+    @pytest.fixture
+    def store(self, limited_store: Store) -> Store:
+        return limited_store
+
+
+class TestMemoryRateLimiter(RateLimiterContract):
+    @pytest.fixture
+    def new_limiter(self, clock: FakeClock) -> NewLimiter:
+        limiter = MemoryRateLimiter(clock)
+        return lambda: limiter
 
 
 class TestMemoryApiKeyStore(ApiKeyStoreContract):

@@ -15,6 +15,7 @@ from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.plain.ledger import PlainPostgresLedger
 from external_agents.ports.identity import ApiKeyStore
 from external_agents.ports.ledger import InvocationLedger
+from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
@@ -82,6 +83,10 @@ class TestPostgresLedgerInTime(LedgerTimeContract):
     pass
 
 
+class TestPostgresIdempotency(IdempotencyContract):
+    pass
+
+
 class TestPlainPostgresLedger(LedgerContract):
     pass
 
@@ -90,7 +95,11 @@ class TestPlainPostgresLedgerInTime(LedgerTimeContract):
     pass
 
 
-PLAIN = (TestPlainPostgresLedger, TestPlainPostgresLedgerInTime)
+class TestPlainPostgresIdempotency(IdempotencyContract):
+    pass
+
+
+PLAIN = (TestPlainPostgresLedger, TestPlainPostgresLedgerInTime, TestPlainPostgresIdempotency)
 
 
 class TestPostgresApiKeys(ApiKeyStoreContract):

@@ -228,6 +228,12 @@ def test_the_example_in_memory_runs(tmp_path: Path) -> None:
     assert run(tmp_path, "in_memory.py") == "succeeded HELLO 0.02 USD\n"
 
 
+def test_the_example_of_a_safe_retry_runs(tmp_path: Path) -> None:
+    written(tmp_path, "how-to/retry-safely.md")
+    [shown] = blocks("text", of=DOCS / "how-to/retry-safely.md")
+    assert run(tmp_path, "once.py") == shown.text
+
+
 def test_the_example_with_own_adapters_runs(tmp_path: Path, postgres_url: str) -> None:
     written(tmp_path, "how-to/embed-as-a-library.md")
     assert run(tmp_path, "own_adapters.py", DATABASE_URL=postgres_url, SECRET_KEYS=SECRET_KEYS) == "0 1\n"

@@ -185,15 +185,29 @@ def test_agents_are_invoked_and_the_record_read_beside_a_running_serve(serve: Se
         assert "egress_refused" in refused
         assert "EXTERNAL_AGENTS_EGRESS_ALLOW" in refused, "it counts for the command, not for the serve beside it"
         assert len(agent.requests) == 3
+        keyed = ("--idempotency-key", "order-17", *invoke[1:], '{"a": 1}')
+        agent.answers(Reply(body=b'"first"'), Reply(body=b'"second"'))
+        assert succeed("invoke", *keyed, home=home, env=LOOPBACK) == '"first"\n'
+        again = run("invoke", *keyed, home=home, env=LOOPBACK)
+        assert (again.returncode, again.stdout) == (0, '"first"\n')
+        assert "was not called" in again.stderr
+        assert len(agent.requests) == 4
+        assert "another payload" in failure(run("invoke", *keyed[:-1], "{}", home=home, env=LOOPBACK))
 
-    listed = succeed_json("invocations", "list", "--org", "shell", "--limit", "3", home=home)
-    assert [item["status"] for item in listed["items"]] == ["failed", "failed", "succeeded"]
-    assert listed["items"][2] == record
+    usage = ("agents", "usage", made["id"], "--org", "shell")
+    assert succeed_json(*usage, home=home) == {
+        "rate_limit": {"minute": None, "hour": None, "day": None},
+        "budget": None,
+    }
+    assert fields_of(succeed(*usage, home=home)) == {"minute": "null", "hour": "null", "day": "null", "budget": "null"}
+    listed = succeed_json("invocations", "list", "--org", "shell", "--limit", "4", home=home)
+    assert [item["status"] for item in listed["items"]] == ["succeeded", "failed", "failed", "succeeded"]
+    assert listed["items"][3] == record
     more = ("invocations", "list", "--org", "shell", "--cursor", listed["next_cursor"])
     assert [item["request_payload"] for item in succeed_json(*more, home=home)["items"]] == [{"a": 1}]
     table = run("invocations", "list", "--org", "shell", "--status", "succeeded", home=home).stdout.splitlines()
     assert table[0].split() == ["id", "agent", "status", "created", "ms", "cost"]
-    assert [line.split()[2] for line in table[1:]] == ["succeeded", "succeeded"]
+    assert [line.split()[2] for line in table[1:]] == ["succeeded", "succeeded", "succeeded"]
     show = ("invocations", "show", made["id"], record["id"], "--org", "shell")
     assert succeed_json(*show, home=home) == record
     fields = fields_of(succeed(*show, home=home))

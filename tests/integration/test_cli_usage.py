@@ -15,7 +15,7 @@ from serve import home_folder, run
 COMMANDS = [
     *(["serve"], ["migrate"], ["check"], ["invoke"]),
     *(["keys", name] for name in ("create", "list", "revoke")),
-    *(["agents", name] for name in ("create", "list", "show", "update", "delete")),
+    *(["agents", name] for name in ("create", "list", "show", "update", "delete", "usage")),
     *(["invocations", name] for name in ("list", "show")),
 ]
 UNKNOWN_ID = "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13"
@@ -116,6 +116,7 @@ def test_bad_settings_are_all_named(home: Path) -> None:
         "MAX_BODY_BYTES": "1",
         "LOG_FORMAT": "xml",
         "LOG_LEVEL": "loud",
+        "REDIS_URL": "memcached://:s3cret@cache.example.com",
     }
     done = run("serve", "--port", "0", home=home, env=bad)
     assert (done.returncode, done.stdout) == (1, "")
@@ -138,10 +139,22 @@ def test_bad_settings_are_all_named(home: Path) -> None:
             {"DATABASE_URL": "postgresql://acme:s3:cret/4@db.example.com/x", "SECRET_KEYS": SECRET_KEYS},
             "percent-encode",
         ),
+        ({"REDIS_URL": "redis://:s3/cret@cache.example.com"}, "percent-encode"),
+        ({"REDIS_URL": "redis://:s3cret@cache.example.com?no_such=1"}, "EXTERNAL_AGENTS_REDIS_URL"),
+        ({"REDIS_URL": "unix://"}, "unix:///path/to/socket"),
         ({"POLICY_DIR": "/nonexistent/policies"}, "/nonexistent/policies"),
         ({"HOME": "/proc/nonexistent"}, "EXTERNAL_AGENTS_HOME"),
     ],
-    ids=["no SECRET_KEYS", "a short key", "a password that is not encoded", "no POLICY_DIR", "an unusable HOME"],
+    ids=[
+        "no SECRET_KEYS",
+        "a short key",
+        "a password that is not encoded",
+        "a password of Redis",
+        "a parameter that Redis does not have",
+        "no socket",
+        "no POLICY_DIR",
+        "an unusable HOME",
+    ],
 )
 def test_settings_that_cannot_work_stop_serve_with_one_line(home: Path, env: dict[str, str], names: str) -> None:
     done = run("serve", "--port", "0", home=home, env=env)

@@ -200,6 +200,32 @@ async def test_invoke_creates_an_invocation_record(api: Api, agent_server: Agent
     assert seen.body == row["request_text"].encode()
 
 
+async def test_an_idempotency_key_gives_the_first_answer_again(api: Api, agent_server: Agent) -> None:
+    agent_server.answers(Reply(body=b'{"answer":  1.50, "metadata": {"cost": "0.05"}}'))
+    plain = agent_document(agent_server.url, rate_limit_config={"requests_per_minute": 2})
+    async with api.user() as user:
+        created = await create(user, **plain, auth_config={}, platform_config={})
+        path, key = f"{API}/{created['id']}", {"Idempotency-Key": "order-17"}
+        first = await user.post(f"{path}/invoke", json={"a": 1, "b": [2]}, headers=key)
+        assert first.status_code == 200, first.text
+        before = (await user.get(f"{path}/usage")).json()
+        assert (before["rate_limit"]["minute"]["used"], before["budget"]["spent"]) == (1, "0.05")
+        again = await user.post(f"{path}/invoke", json={"b": [2.0], "a": 1}, headers=key)
+        assert (again.status_code, again.content) == (200, first.content)
+        assert again.headers["idempotent-replayed"] == "true"
+        assert '"minute";r=1;' in again.headers["ratelimit"]
+        is_problem(await user.post(f"{path}/invoke", json={"a": 1}, headers=key), 422)
+        assert (await user.get(f"{path}/usage")).json() == before
+        assert (await user.post(f"{path}/invoke", json={}, headers={"Idempotency-Key": "18"})).status_code == 200
+        is_problem(await user.post(f"{path}/invoke", json={}, headers={"Idempotency-Key": "19"}), 429)
+    assert len(agent_server.requests) == 2
+    assert len(api.sql("SELECT FROM external_agent_invocations")) == 2
+    kept = api.sql("SELECT * FROM external_agent_idempotency_keys ORDER BY created_at")
+    assert [row["key"] for row in kept] == ["order-17", "18"], "a refusal keeps none"
+    assert str(kept[0]["invocation_id"]) == first.json()["id"]
+    assert len(kept[0]["request_hash"]) == 32
+
+
 @pytest.mark.parametrize("missing", ["create", "read", "update", "delete", "invoke"])
 async def test_permission_checks_reject_unauthorized_users(api: Api, agent_server: Agent, missing: str) -> None:
     async with api.user() as maker:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.agents import PostgresAgents
@@ -14,12 +15,14 @@ from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import MONTHS_AHEAD, add_missing_partitions, keep_partitions
-from external_agents.domain.errors import Unavailable
+from external_agents.domain.errors import InvocationNotFound, Unavailable
+from external_agents.domain.invocation import InvocationStatus
 from external_agents.ports.repositories import InvocationQuery
-from external_agents.testing.builders import conclude, id_at, make_agent, make_finished_call, make_request
+from external_agents.testing.builders import conclude, id_at, make_agent, make_finished_call, make_request, new_id
 from postgres_server import dsn
 
 YEAR_END = datetime(2031, 11, 15, tzinfo=UTC)
+RUNNING, DEFAULT = "external_agent_invocations_running", "external_agent_invocations_default"
 NAMES = [f"external_agent_invocations_{month}" for month in ("2031_11", "2031_12", "2032_01", "2032_02")]
 
 
@@ -37,7 +40,7 @@ async def add(engine: AsyncEngine, now: datetime) -> list[str]:
 
 
 async def test_a_migration_leaves_this_month_and_the_next_ones(postgres_url: str, postgres_engine: AsyncEngine) -> None:
-    assert len(partitions(postgres_url)) == 1 + 1 + MONTHS_AHEAD
+    assert len(partitions(postgres_url)) == 2 + 1 + MONTHS_AHEAD
     assert "external_agent_invocations_default" in partitions(postgres_url)
     assert await keep_partitions(postgres_engine) == []
 
@@ -65,7 +68,7 @@ async def test_strays_move_from_the_default_partition(
         found = dict(
             connection.execute("SELECT tableoid::regclass::text, count(*) FROM external_agent_invocations GROUP BY 1")
         )
-    assert found == {"external_agent_invocations_default": 2, NAMES[0]: 2, NAMES[1]: 1}
+    assert found == {"external_agent_invocations_default": 2, NAMES[0]: 1, NAMES[1]: 1, RUNNING: 1}
     reader = PostgresInvocations(postgres_engine)
     everything = await reader.list(InvocationQuery(org_id=agent.org_id), limit=10)
     assert {row.id for row in everything} == {*(stray.id for stray in strays), running.id}
@@ -94,13 +97,24 @@ async def test_upkeep_gives_way_to_live_work(
     assert await add(postgres_engine, YEAR_END) == NAMES
 
 
-async def test_a_lookup_by_id_or_time_touches_one_partition(postgres_url: str, postgres_engine: AsyncEngine) -> None:
+async def test_a_lookup_by_id_or_time_touches_one_month(postgres_url: str, postgres_engine: AsyncEngine) -> None:
     await add(postgres_engine, YEAR_END)
-    first, end = id_at(YEAR_END), id_at(YEAR_END + timedelta(days=1))
-    with psycopg.connect(dsn(postgres_url)) as connection:
-        for condition in (f"id = '{first}'", f"id >= '{first}' AND id < '{end}'"):
-            plan = connection.execute(
-                f"EXPLAIN SELECT * FROM external_agent_invocations WHERE org_id = 'o' AND {condition}"
-            ).fetchall()
-            touched = {name for name in partitions(postgres_url) if any(f" {name} " in line for (line,) in plan)}
-            assert touched == {NAMES[0]}, plan
+    plans: list[str] = []
+
+    def explain(connection: Connection, _: object, statement: str, parameters: object, *rest: object) -> None:
+        with psycopg.connect(dsn(postgres_url)) as other:
+            plans.append(str(other.execute(f"EXPLAIN {statement}", parameters).fetchall()))  # type: ignore[arg-type]
+
+    event.listen(postgres_engine.sync_engine, "before_cursor_execute", explain)
+    reader = PostgresInvocations(postgres_engine)
+    first = id_at(YEAR_END)
+    await reader.exists("o", first)
+    with pytest.raises(InvocationNotFound):
+        await reader.read("o", new_id(), first)
+    await reader.list(InvocationQuery(org_id="o", since=YEAR_END, until=YEAR_END + timedelta(days=1)), limit=10)
+    for plan in plans:
+        touched = {name for name in partitions(postgres_url) if f" {name} " in plan}
+        assert touched - {RUNNING, DEFAULT} == {NAMES[0]}, plan
+    await reader.list(InvocationQuery(org_id="o", status=InvocationStatus.RUNNING), limit=10)
+    assert {name for name in partitions(postgres_url) if f" {name} " in plans[-1]} - {DEFAULT} == {RUNNING}
+    assert len(plans) == 4

@@ -11,6 +11,7 @@ import pytest
 
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.domain.invocation import InvocationStatus
@@ -23,17 +24,22 @@ ROWS = 30_000
 PLANS_ARE_KEPT_AFTER = 12
 """psycopg prepares a statement at its sixth execution, PostgreSQL keeps a plan for all parameters five later."""
 
-# 50 organisations with an agent each, and an invocation every millisecond, under 5 instances of which none is left.
+# 50 organisations with an agent each, an invocation every millisecond, under 5 instances of which none is left, and a
+# key every 3 s.
 FILL = """
     INSERT INTO external_agents
     SELECT 'org-' || n, lpad(to_hex(n), 32, '0')::uuid, 'n', '', 'custom', 'https://a.example/', 'none', '{}', '{}',
         NULL, NULL, '{}', 30, 3, 'active', 's', 's', now(), now(), 1, 'n', ''
     FROM generate_series(0, 49) AS n;
     INSERT INTO external_agent_invocations (org_id, id, external_agent_id, initiated_by, status, request_payload,
-        attempts, cost_overrun, trace_id, created_at, instance_id)
+        attempts, cost_overrun, trace_id, created_at, instance_id, ended)
     SELECT 'org-' || n % 50, (lpad(to_hex(first + n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid,
         lpad(to_hex(n % 50), 32, '0')::uuid, 's', 'succeeded', '{}', '[]', false, md5(n::text), now(),
-        lpad(to_hex(n % 5), 32, '0')::uuid
+        lpad(to_hex(n % 5), 32, '0')::uuid, true
+    FROM generate_series(0, rows - 1) AS n;
+    INSERT INTO external_agent_idempotency_keys
+    SELECT 'org-' || n % 50, lpad(to_hex(n % 50), 32, '0')::uuid, 'key-' || n, '', gen_random_uuid(),
+        now() - n * interval '3 s'
     FROM generate_series(0, rows - 1) AS n;
 """
 
@@ -59,6 +65,11 @@ async def work(clock: ShiftedClock) -> None:
         invocation = (await ledger.admit(make_request(agent))).invocation
         await ledger.settle(conclude(invocation))
         await ledger.settle(conclude(invocation))
+        for _ in range(2):
+            admission = await ledger.admit(make_request(agent, idempotency_key="key"))
+            if not admission.replayed:
+                await ledger.settle(conclude(admission.invocation))
+        await clear_expired(engine)
         await ledger.record(make_finished_call(agent))
         await ledger.forecast(agent.org_id, agent.id)
         await reader.read(agent.org_id, agent.id, invocation.id)

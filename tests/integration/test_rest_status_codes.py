@@ -24,6 +24,7 @@ ROUTES = {
     "patch": ("PATCH", f"{AGENTS}/{{agent}}", {"name": "Other"}),
     "delete": ("DELETE", f"{AGENTS}/{{agent}}", None),
     "invoke": ("POST", f"{AGENTS}/{{agent}}/invoke", {"input": "hello"}),
+    "usage": ("GET", f"{AGENTS}/{{agent}}/usage", None),
     "list invocations": ("GET", f"{AGENTS}/{{agent}}/invocations", None),
     "get invocation": ("GET", f"{AGENTS}/{{agent}}/invocations/{{invocation}}", None),
 }
@@ -172,7 +173,7 @@ async def test_404_of_invocations(scene: Scene) -> None:
         assert answer.json()["detail"] == "No such invocation."
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/api", f"{AGENTS}x", f"{AGENTS}/{UNKNOWN_ID}/usage", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/nope", "/api", f"{AGENTS}x", f"{AGENTS}/{UNKNOWN_ID}/nope", "/metrics"])
 async def test_404_where_nothing_is(scene: Scene, path: str) -> None:
     for key in (None, ""):
         assert is_problem(await scene.api.call("GET", path, key=key), 404, "no-such-route")
@@ -243,11 +244,15 @@ class TestInvoking:
 ORDER = {
     "create": [401, 413, 415, "malformed", 403, "invalid"],
     "patch": [401, 413, 415, "malformed", 404, 403, 412, "invalid"],
-    "invoke": [401, 413, 415, "malformed", 404, 403, "invalid", 409, 429, 402],
+    "invoke": [401, 413, 415, "malformed", 404, 403, "invalid", 409, 422, 429, 402],
     "delete": [401, 404, 403, 412],
+    "usage": [401, 404, 403],
     "list": [401, 403, "invalid"],
     "list invocations": [401, 404, 403, "invalid"],
 }
+
+
+KEY = "order-17"
 
 
 def faulty(scene: Scene, route: str, faults: frozenset[int | str]) -> dict[str, Any]:
@@ -264,6 +269,8 @@ def faulty(scene: Scene, route: str, faults: frozenset[int | str]) -> dict[str, 
         headers["If-Match"] = '"99"'
     if "invalid" in faults and route == "invoke":
         headers["X-Lineage-Hop-Id"] = "x" * 201
+    if 422 in faults:
+        headers["Idempotency-Key"] = KEY
     if "invalid" in faults and route.startswith("list"):
         options["suffix"] = "?limit=x&limit=y&colour=red"
     if ROUTES[route][2] is not None:
@@ -280,11 +287,14 @@ async def test_the_first_of_several_faults_is_told(scene: Scene, route: str) -> 
     pairs = [frozenset(pair) for pair in itertools.combinations(order, 2)]
     tails = [frozenset(order[start:]) for start in range(len(order))]
     for faults in pairs + tails:
-        agent = await scene.api.create(
-            status="inactive" if 409 in faults else "active",
-            rate_limit_config={"requests_per_minute": 0 if 429 in faults else 1000},
-            budget_config={"max_monthly_cost": 0 if 402 in faults else 1000},
-        )
+        agent = await scene.api.create()
+        await scene.api.invoke(agent, json="another payload", headers={"Idempotency-Key": KEY})
+        changes = {
+            "status": "inactive" if 409 in faults else "active",
+            "rate_limit_config": {"requests_per_minute": 0 if 429 in faults else 1000},
+            "budget_config": {"max_monthly_cost": 0 if 402 in faults else 1000},
+        }
+        await scene.call("patch", agent_id=agent["id"], json=changes)
         expected = next(fault for fault in order if fault in faults)
         answer = await scene.call(route, **{"agent_id": agent["id"], **faulty(scene, route, faults)})
         assert answer.status_code == (400 if isinstance(expected, str) else expected), (faults, answer.text)

@@ -29,6 +29,7 @@ def test_the_table_is_whole() -> None:
         ("PATCH", "/{agent_id}"),
         ("DELETE", "/{agent_id}"),
         ("POST", "/{agent_id}/invoke"),
+        ("GET", "/{agent_id}/usage"),
         ("GET", "/{agent_id}/invocations"),
         ("GET", "/{agent_id}/invocations/{invocation_id}"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from external_agents.domain.rate_limit import RateWindows, Window, limits_of
 
@@ -32,6 +32,7 @@ class OneWindow(RuleBasedStateMachine):
         self.span_ms = window.seconds * 1000
         self.counted = RateWindows()
         self.admitted_ms: list[int] = []
+        self.held: list[tuple[int, tuple[int, ...]]] = []
 
     @rule(data=st.data())
     def time_passes(self, data: st.DataObject) -> None:
@@ -52,8 +53,26 @@ class OneWindow(RuleBasedStateMachine):
                 assert strict < self.limit
                 self.counted = counted.taken()
                 self.admitted_ms.append(self.now_ms)
+                self.held.append((self.now_ms, self.counted.heads))
             else:
                 assert late >= self.limit
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), is_noticed_late=st.booleans())
+    def a_place_is_given_back(self, data: st.DataObject, is_noticed_late: bool) -> None:
+        taken_ms, heads = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        counted = self.counted.advanced(self.now_s) if is_noticed_late else self.counted
+        self.counted = counted.given_back(heads)
+        self.admitted_ms.remove(taken_ms)
+
+    @rule()
+    def what_is_given_back_at_once_was_never_taken(self) -> None:
+        counted = self.counted.advanced(self.now_s)
+        taken = counted.taken()
+        assert taken.given_back(taken.heads) == counted
+        limits = {self.window: self.limit}
+        if counted.refusal(limits, self.now_s) is None:
+            assert taken.quotas(limits, self.now_s).given_back() == counted.quotas(limits, self.now_s)
 
     @rule(earlier_ms=st.integers(1, 100_000))
     def the_clock_is_set_back(self, earlier_ms: int) -> None:

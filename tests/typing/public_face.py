@@ -14,6 +14,7 @@ from external_agents import (
     AgentStatus,
     Attempt,
     AuthScheme,
+    BudgetUsage,
     Catalog,
     Decision,
     ErrorCode,
@@ -22,6 +23,7 @@ from external_agents import (
     ExternalAgentService,
     Fault,
     FixedHeaders,
+    IdempotencyKeyInFlight,
     InvocationPage,
     InvocationStatus,
     Invoked,
@@ -32,9 +34,12 @@ from external_agents import (
     Principal,
     Quota,
     RateLimited,
+    RateLimitUsage,
     Unavailable,
+    Usage,
     ValidationError,
     Window,
+    WindowUsage,
 )
 from external_agents.adapters.memory import FunctionTransport, MemoryLedger, MemoryStore, SystemClock, memory_service
 from external_agents.ports.ledger import InvocationLedger
@@ -115,6 +120,17 @@ async def use(service: ExternalAgentService, agent_id: UUID) -> None:
     assert_type(invoked.quotas.quotas, tuple[Quota, ...])
     assert_type([quota.window for quota in invoked.quotas.quotas], list[Window])
 
+    assert_type(invoked.replayed, bool)
+    assert_type(await service.invoke_agent(principal, agent_id, None, idempotency_key="k"), ExternalAgentInvocation)
+
+    usage = await service.get_usage(principal, agent_id)
+    assert_type(usage, Usage)
+    assert_type(usage.rate_limit, RateLimitUsage)
+    assert_type(usage.rate_limit.minute, WindowUsage | None)
+    assert_type(usage.budget, BudgetUsage | None)
+    if usage.budget:
+        assert_type(usage.budget.remaining, Decimal | None)
+
     assert_type(await service.list_invocations(principal, agent_id, since="2026-01-31T12:00:00Z"), InvocationPage)
     assert_type(await service.log_invocation(principal, agent_id, {}), ExternalAgentInvocation)
     assert_type(await service.drain(), int)
@@ -125,7 +141,7 @@ async def errors(service: ExternalAgentService, principal: Principal, agent_id: 
         await service.invoke_agent(principal, agent_id, None)
     except ValidationError as invalid:
         assert_type(invalid.errors, tuple[Fault, ...])
-    except RateLimited as limited:
+    except (RateLimited, IdempotencyKeyInFlight) as limited:
         assert_type(limited.retry_after_s, int)
     except Unavailable as outage:
         assert_type(outage.invocation_id, UUID | None)

@@ -17,15 +17,18 @@ from external_agents.domain.auth import Credentials
 from external_agents.domain.errors import ExternalAgentsError, Unavailable
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
 from external_agents.domain.rate_limit import RateQuotas
-from external_agents.domain.refusals import AdmissionRefused
+from external_agents.domain.refusals import AdmissionRefused, IdempotencyKeyInFlight, IdempotencyKeyReused
 from external_agents.domain.retry import attempt_timeout_s, next_delay_s
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
-from external_agents.ports.observability import InvocationRecord
+from external_agents.ports.observability import REPLAYED, InvocationRecord
 from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentRequest, AgentTransport
 
 SETTLE_PATIENCE_S = 5.0
 """How long a caller waits for a settlement that fails or hangs; the settlement itself is tried until it is stored."""
+
+_TOLD = (AdmissionRefused, IdempotencyKeyReused, IdempotencyKeyInFlight)
+"""Refusals that have to do with other invocations, and so are worth knowing of."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,10 +59,18 @@ class TaskKeeper:
 
 @attrs.frozen
 class Invoked:
-    """An invocation as it ended, and what was left of the agent's limits at its admission."""
+    """
+    An invocation as it ended, and what is left of the agent's limits.
+
+    Attributes:
+        quotas: As they stood at the admission.
+        replayed: It had ended before, and is the answer to another request with its idempotency key; then `quotas` are
+            those of now.
+    """
 
     invocation: ExternalAgentInvocation
     quotas: RateQuotas
+    replayed: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -99,7 +110,8 @@ class InvocationPipeline:
         Admit and invoke. Cancelling this call cancels neither: an admission whose answer nobody takes would never end.
 
         Raises:
-            AgentNotFound, StaleVersion, AgentInactive, RateLimited, BudgetExceeded: As `InvocationLedger.admit` does.
+            AgentNotFound, StaleVersion, AgentInactive, IdempotencyKeyReused, IdempotencyKeyInFlight, RateLimited,
+            BudgetExceeded: As `InvocationLedger.admit` does.
             Unavailable: It was not admitted; or, with `invocation_id`, it has ended and that could not be stored yet.
         """
         answer: asyncio.Future[Invoked] = asyncio.get_running_loop().create_future()
@@ -116,8 +128,13 @@ class InvocationPipeline:
         try:
             admission = await self._ledger.admit(assignment.request)
         except ExternalAgentsError as refusal:
-            self._tell_refusal(assignment, refusal)
+            if isinstance(refusal, _TOLD):
+                self._tell_refusal(assignment, type(refusal).__name__)
             _answer(answer, refusal)
+            return
+        if admission.replayed:
+            self._tell_refusal(assignment, REPLAYED)
+            _answer(answer, Invoked(admission.invocation, admission.quotas, replayed=True))
             return
         try:
             finished = await self._attempt(assignment, admission.invocation)
@@ -183,17 +200,16 @@ class InvocationPipeline:
         )
         return outcome, Attempt.of(outcome, at, round((self._clock.monotonic_s() - began_s) * 1000))
 
-    def _tell_refusal(self, assignment: Assignment, refusal: ExternalAgentsError) -> None:
-        if isinstance(refusal, AdmissionRefused):
-            self._witness(
-                InvocationRecord(
-                    at=self._clock.now(),
-                    principal=assignment.principal,
-                    agent_id=assignment.agent.id,
-                    trace_id=assignment.request.trace_id,
-                    refusal=type(refusal).__name__,
-                )
+    def _tell_refusal(self, assignment: Assignment, refusal: str) -> None:
+        self._witness(
+            InvocationRecord(
+                at=self._clock.now(),
+                principal=assignment.principal,
+                agent_id=assignment.agent.id,
+                trace_id=assignment.request.trace_id,
+                refusal=refusal,
             )
+        )
 
     async def _settle(
         self, running: ExternalAgentInvocation, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]

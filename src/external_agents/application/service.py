@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from datetime import datetime
 from functools import partial
@@ -13,6 +12,7 @@ import attrs
 
 from external_agents.application.access import AccessControl, Witness
 from external_agents.application.invocation import Assignment, InvocationPipeline, Invoked, TaskKeeper
+from external_agents.application.invocation_request import InvocationRequest
 from external_agents.application.known_agents import KnownAgent, KnownAgents
 from external_agents.application.parameters import (
     LIMIT_MAX,
@@ -24,23 +24,17 @@ from external_agents.application.parameters import (
 )
 from external_agents.application.records import finished_call
 from external_agents.application.registration import Registrar
+from external_agents.application.usage import Usage, usage_of
 from external_agents.application.visible_agents import VisibleAgents
 from external_agents.domain.access import Action, Principal
 from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.egress import UrlRules
-from external_agents.domain.errors import (
-    AgentInactive,
-    AgentNotFound,
-    Fault,
-    StaleVersion,
-    Unavailable,
-    ValidationError,
-)
-from external_agents.domain.invocation import TRACE_ID_PATTERN, ExternalAgentInvocation, InvocationStatus
-from external_agents.domain.json_values import JsonText, JsonValue, plain_value
+from external_agents.domain.errors import AgentNotFound, StaleVersion, Unavailable
+from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
+from external_agents.domain.json_values import JsonText, JsonValue
 from external_agents.ports.identity import Authenticator
-from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
+from external_agents.ports.ledger import InvocationLedger
 from external_agents.ports.observability import ObservabilityManager
 from external_agents.ports.policy import PolicyDecisionPoint
 from external_agents.ports.repositories import (
@@ -54,11 +48,9 @@ from external_agents.ports.secrets import SecretBox
 from external_agents.ports.system import Clock, IdSource
 from external_agents.ports.transport import AgentTransport
 
-LINEAGE_HOP_ID_MAX = 200
 DRAIN_S = 135.0
 """Longer than any invocation may take, so that draining loses none."""
 
-_TRACE_ID = re.compile(TRACE_ID_PATTERN)
 _RACES_MAX = 10
 
 AgentId: TypeAlias = UUID | str
@@ -70,7 +62,7 @@ class ExternalAgentService:
     What an organisation does with agents that live elsewhere.
 
     Every method takes the principal first and stays within its organisation; another organisation's agent does not
-    exist. What is checked comes in this order: existence, permission, version, input, state, limits.
+    exist. What is checked comes in this order: existence, permission, version, input, state, idempotency, limits.
 
     The constructor takes ports, by keyword; the authenticator is for those who serve it, and hosts that know their
     principals need none. The service does not own them: whoever opened them closes them, after
@@ -264,6 +256,7 @@ class ExternalAgentService:
         *,
         trace_id: str | None = None,
         lineage_hop_id: str | None = None,
+        idempotency_key: str | None = None,
     ) -> ExternalAgentInvocation:
         """
         Call an agent under its limits and keep the record.
@@ -275,19 +268,31 @@ class ExternalAgentService:
             payload: Any JSON value; a `JsonText` is forwarded byte for byte.
             trace_id: 32 hex digits of the trace this belongs to; a new one by default.
             lineage_hop_id: At most 200 characters.
+            idempotency_key: 1 to 255 characters. For 24 h from its admission, an invocation of this agent with this key
+                and equal JSON is not made again: the first one is returned as it ended, well or not. A refusal keeps
+                no key.
 
         Returns:
             The invocation as it ended; look at its status: an agent that failed is no error of this call.
 
         Raises:
             AgentNotFound: There is none, or it is deleted.
-            ValidationError: The payload is no JSON value, or the hop id is too long.
+            ValidationError: The payload is no JSON value, or the hop id or the key is none.
             AgentInactive: It is switched off.
+            IdempotencyKeyReused: The key came with another payload before.
+            IdempotencyKeyInFlight: The invocation with this key has not ended.
             RateLimited: A window is full; nothing was recorded or sent.
             BudgetExceeded: The monthly cap is reached; nothing was recorded or sent.
             Unavailable: With `invocation_id`: it has ended, but that could not be stored yet. Look it up.
         """
-        invoked = await self.invoke(principal, agent_id, payload, trace_id=trace_id, lineage_hop_id=lineage_hop_id)
+        invoked = await self.invoke(
+            principal,
+            agent_id,
+            payload,
+            trace_id=trace_id,
+            lineage_hop_id=lineage_hop_id,
+            idempotency_key=idempotency_key,
+        )
         return invoked.invocation
 
     async def invoke(
@@ -298,10 +303,16 @@ class ExternalAgentService:
         *,
         trace_id: str | None = None,
         lineage_hop_id: str | None = None,
+        idempotency_key: str | None = None,
     ) -> Invoked:
-        """`invoke_agent`, with what is left of the limits."""
-        trace_id = trace_id or self._ids.new_trace_id()
-        prepare = partial(self._assignment, principal, payload, trace_id, lineage_hop_id)
+        """`invoke_agent`, with what is left of the limits, and whether it is an earlier invocation's answer again."""
+        asked = InvocationRequest(
+            payload=payload,
+            trace_id=trace_id or self._ids.new_trace_id(),
+            lineage_hop_id=lineage_hop_id,
+            idempotency_key=idempotency_key,
+        )
+        prepare = partial(self._assignment, principal, asked)
         for _ in range(_RACES_MAX):
             assignment = await self._known.to_invoke(principal, agent_id, prepare)
             try:
@@ -332,6 +343,16 @@ class ExternalAgentService:
         """
         agent = await self._agents.one(principal, Action.INVOKE, agent_id)
         return not (await self._ledger.forecast(principal.org_id, agent.id)).over_budget
+
+    async def get_usage(self, principal: Principal, agent_id: AgentId) -> Usage:
+        """
+        How the agent's rate limits and its budget stand. Takes and reserves nothing.
+
+        Raises:
+            AgentNotFound: There is none, or it is deleted.
+        """
+        agent = await self._agents.one(principal, Action.READ, agent_id)
+        return usage_of(await self._ledger.forecast(principal.org_id, agent.id))
 
     async def log_invocation(
         self, principal: Principal, agent_id: AgentId, record: JsonValue
@@ -415,32 +436,9 @@ class ExternalAgentService:
         await self._access.require(principal, Action.READ, agent)
         return invocation
 
-    def _assignment(
-        self,
-        principal: Principal,
-        payload: JsonValue | JsonText,
-        trace_id: str,
-        lineage_hop_id: str | None,
-        known: KnownAgent,
-    ) -> Assignment:
-        agent = known.agent
-        if lineage_hop_id is not None and not 1 <= len(lineage_hop_id) <= LINEAGE_HOP_ID_MAX:
-            raise ValidationError([Fault("lineage_hop_id", f"must have 1 to {LINEAGE_HOP_ID_MAX} characters")])
-        plain_value(lineage_hop_id, "lineage_hop_id")
-        if not _TRACE_ID.fullmatch(trace_id):
-            raise ValidationError([Fault("trace_id", "must be 32 lower-case hex digits, not all zero")])
-        request = payload if isinstance(payload, JsonText) else JsonText.of(payload)
-        if agent.status is AgentStatus.INACTIVE:
-            raise AgentInactive
-        admission = AdmissionRequest(
-            invocation_id=self._ids.new_id(),
-            agent=agent,
-            initiated_by=principal.subject,
-            request=request,
-            trace_id=trace_id,
-            lineage_hop_id=lineage_hop_id,
-        )
-        return Assignment(principal=principal, agent=agent, credentials=known.credentials, request=admission)
+    def _assignment(self, principal: Principal, asked: InvocationRequest, known: KnownAgent) -> Assignment:
+        request = asked.admission_of(known.agent, principal, self._ids.new_id())
+        return Assignment(principal=principal, agent=known.agent, credentials=known.credentials, request=request)
 
 
 def _require_version(agent: ExternalAgent, versions: Versions | None) -> None:

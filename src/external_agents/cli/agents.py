@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from external_agents.adapters.rest.representations import agent_json, agent_page_json
+from external_agents.adapters.rest.representations import agent_json, agent_page_json, usage_json
 from external_agents.cli.context import (
     AgentArgument,
     JsonOption,
@@ -20,7 +20,7 @@ from external_agents.cli.output import note, show_fields, show_json, show_table
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.json_values import decode
 
-app = typer.Typer(help="Agents: create, list, show, update, delete.", no_args_is_help=True)
+app = typer.Typer(help="Agents: create, list, show, update, delete; and how their limits stand.", no_args_is_help=True)
 
 DocumentArgument = Annotated[
     str | None,
@@ -109,6 +109,21 @@ def delete(agent: AgentArgument, org: OrgOption) -> None:
     agent_id = parse_id(agent, "AGENT")
     with_installation(lambda installation: installation.service.delete_agent(operator_of(org), agent_id))
     note(f"agent {agent_id} is deleted.")
+
+
+@app.command("usage")
+def usage(agent: AgentArgument, org: OrgOption, as_json: JsonOption = False) -> None:
+    """
+    How an agent's rate limits and its budget stand.
+
+    Example: external-agents agents usage 019aa0f2-… --org acme
+    """
+    agent_id = parse_id(agent, "AGENT")
+    found = with_installation(lambda installation: installation.service.get_usage(operator_of(org), agent_id))
+    if as_json:
+        show_json(usage_json(found))
+    else:
+        show_fields({**usage_json(found)["rate_limit"], "budget": usage_json(found)["budget"]})
 
 
 def _show(agent: ExternalAgent, *, as_json: bool) -> None:

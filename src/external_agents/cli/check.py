@@ -9,21 +9,28 @@ from collections.abc import Callable, Iterator
 import typer
 
 from external_agents.adapters.abac import CedarPolicies
+from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
 from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.redis import RedisCheck, RedisReadiness
+from external_agents.adapters.redis.readiness import REQUIRED
 from external_agents.bootstrap import (
     database,
     database_readiness,
     discover_catalog,
     home_folder,
     load_key_ring,
+    redis_connection,
 )
+from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.errors import ExternalAgentsError
 from external_agents.settings import PREFIX, Settings, variable_of
 
 
 def check() -> None:
     """
-    Look at settings, database, migrations, keys and policies: what is wrong, and how to mend it.
+    Look at settings, database, migrations, Redis, keys, policies and budgets: what is wrong, and how to mend it.
+
+    Every budget is compared with its invocations, which takes some seconds a million.
 
     Example: external-agents check
     """
@@ -46,28 +53,71 @@ def _findings() -> Iterator[tuple[str, bool, str]]:
     yield _finding("keys", lambda: f"sealing with {load_key_ring(settings).key_ids[0]}")
     yield _finding("policies", lambda: f"{len(CedarPolicies.load(settings.policy_dir).loaded)} in force")
     yield _finding("catalog", lambda: f"auth types: {', '.join(discover_catalog().auth_schemes)}")
+    if settings.redis_url is not None:
+        yield _redis_finding(settings.redis_url)
     try:
         yield from _database_findings(settings)
     except ExternalAgentsError as error:
         yield "database", False, str(error)
 
 
+def _redis_finding(url: str) -> tuple[str, bool, str]:
+    try:
+        state = asyncio.run(_redis_readiness(url))
+    except ExternalAgentsError as error:
+        return "redis", False, str(error)
+    if state.outage is not None:
+        return "redis", False, f"cannot be reached ({state.outage}): start it, or mend {variable_of('redis_url')}"
+    if state.faults:
+        return "redis", False, "; ".join(state.faults)
+    if state.unverified:
+        wanted = ", ".join(f"{name} is {REQUIRED[name]}" for name in state.unverified)
+        return "redis", True, f"keeps the rate limits; it does not tell its settings: make sure that {wanted}"
+    return "redis", True, "keeps the rate limits, and remembers what it acknowledges"
+
+
+async def _redis_readiness(url: str) -> RedisReadiness:
+    check = RedisCheck(redis_connection(url))
+    try:
+        return await check()
+    finally:
+        await check.aclose()
+
+
 def _database_findings(settings: Settings) -> Iterator[tuple[str, bool, str]]:
     with database(settings) as url:
-        state = asyncio.run(_readiness(url))
+        state, audit = asyncio.run(_look(url))
         where = "external" if settings.database_url else f"embedded, under {home_folder(settings)}"
         if outage := state["database"]:
             state["database"] = f"{outage}: start it, or mend {variable_of('database_url')}"
         for name, reason in state.items():
             yield name, reason is None, reason or (where if name == "database" else "up to date")
+    if audit is not None:
+        yield from _budget_findings(audit)
 
 
-async def _readiness(url: str) -> dict[str, str | None]:
+async def _look(url: str) -> tuple[dict[str, str | None], BudgetAudit | None]:
     engine = create_engine(url)
     try:
-        return await database_readiness(engine)
+        state = await database_readiness(engine)
+        return state, None if any(state.values()) else await audit_budgets(engine)
     finally:
         await engine.dispose()
+
+
+def _budget_findings(audit: BudgetAudit) -> Iterator[tuple[str, bool, str]]:
+    if not audit.number_off:
+        yield "budgets", True, f"{audit.accounts:,} accounts equal the sums of {audit.bookings:,} invocations"
+    for false in audit.named:
+        kept = "there is no account" if false.account is None else f"the account says {_figures(false.account)}"
+        place = f"{false.org_id}, agent {false.agent_id}, {false.currency or 'no currency'}, {false.month:%Y-%m}"
+        yield "budgets", False, f"{place}: {kept}; its invocations say {_figures(false.booked)}"
+    if more := audit.number_off - len(audit.named):
+        yield "budgets", False, f"and {more:,} accounts more"
+
+
+def _figures(account: BudgetAccount) -> str:
+    return f"spent {account.spent:f}, reserved {account.reserved:f}"
 
 
 def _finding(name: str, look: Callable[[], str]) -> tuple[str, bool, str]:

@@ -31,6 +31,14 @@ def invoke(
         str | None,
         typer.Argument(metavar="JSON|@FILE|-", help="What the agent is sent; stdin by default.", show_default=False),
     ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="With the key of an earlier invocation, and equal JSON, within 24 h: print its answer again instead.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
@@ -39,9 +47,14 @@ def invoke(
     Example: external-agents invoke 019aa0f2-… --org acme '{"question": "How is the weather?"}'
     """
     agent_id, body = parse_id(agent, "AGENT"), JsonText.parse(read_document(payload))
-    invocation = with_installation(
-        lambda installation: installation.service.invoke_agent(operator_of(org), agent_id, body)
+    invoked = with_installation(
+        lambda installation: installation.service.invoke(
+            operator_of(org), agent_id, body, idempotency_key=idempotency_key
+        )
     )
+    invocation = invoked.invocation
+    if invoked.replayed:
+        note(f"this is the answer of invocation {invocation.id} again; the agent was not called.")
     if as_json:
         show_json(invocation_json(invocation))
     elif invocation.response is not None:

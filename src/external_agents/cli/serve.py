@@ -11,7 +11,7 @@ import typer
 from external_agents.adapters.abac import CedarPolicies
 from external_agents.adapters.postgres.schema import migrate, pending
 from external_agents.adapters.telemetry import configure_logging
-from external_agents.bootstrap import discover_catalog, home_folder, load_key_ring
+from external_agents.bootstrap import discover_catalog, home_folder, load_key_ring, redis_connection
 from external_agents.cli.dev import dev_key, first_steps
 from external_agents.domain.errors import ConfigurationError
 from external_agents.settings import Settings, variable_of
@@ -42,6 +42,8 @@ def serve(
     load_key_ring(settings)
     CedarPolicies.load(settings.policy_dir)
     discover_catalog()
+    if settings.redis_url is not None:
+        redis_connection(settings.redis_url)
     key: list[str] = []
 
     def before_serving(database_url: str) -> None:

@@ -30,9 +30,13 @@ class Money:
 
     @property
     def plain_amount(self) -> str:
-        """`0.05`: no exponent, no trailing zeros."""
-        text = f"{self.amount:f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
+        return plain(self.amount)
+
+
+def plain(amount: Decimal) -> str:
+    """`0.05`: no exponent, no trailing zeros."""
+    text = f"{amount:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def parse_amount(value: JsonValue) -> Decimal | None:

@@ -63,6 +63,11 @@ def limits_of(config: Mapping[str, JsonValue] | None) -> Limits:
     return {window: config[name] for window in Window if (name := f"requests_per_{window.value}") in config}
 
 
+def leaves_after_s(window: Window, bucket: int, now_s: float) -> float:
+    """Seconds until what was taken in the bucket of this number is no longer counted."""
+    return max(0.0, (bucket + BUCKETS) * window.bucket_s - now_s)
+
+
 @attrs.frozen
 class WindowCount:
     """
@@ -91,9 +96,17 @@ class WindowCount:
         return sum(self.counts)
 
     def taken(self, places: int = 1) -> WindowCount:
-        """The same with `places` more in the current bucket (negative: given back)."""
+        """The same with `places` more in the current bucket."""
         counts = list(self.counts)
         counts[self.head % BUCKETS] += places
+        return WindowCount(self.head, tuple(counts))
+
+    def given_back(self, bucket: int) -> WindowCount:
+        """The same with one place less in the bucket of this number, if that is still among the 51."""
+        if not self.head - BUCKETS < bucket <= self.head or not self.counts[bucket % BUCKETS]:
+            return self
+        counts = list(self.counts)
+        counts[bucket % BUCKETS] -= 1
         return WindowCount(self.head, tuple(counts))
 
     def free_after_s(self, window: Window, limit: int, now_s: float) -> float:
@@ -106,14 +119,14 @@ class WindowCount:
                 break
             surplus -= self.counts[bucket % BUCKETS]
             if surplus <= 0:
-                return max(0.0, (bucket + BUCKETS) * window.bucket_s - now_s)
+                return leaves_after_s(window, bucket, now_s)
         return 0.0
 
     def oldest_leaves_after_s(self, window: Window, now_s: float) -> float:
         """Seconds until the oldest counted invocation leaves the window; 0 when none is counted."""
         for bucket in range(self.head - BUCKETS + 1, self.head + 1):
             if self.counts[bucket % BUCKETS]:
-                return max(0.0, (bucket + BUCKETS) * window.bucket_s - now_s)
+                return leaves_after_s(window, bucket, now_s)
         return 0.0
 
 
@@ -137,6 +150,19 @@ class RateQuotas:
 
     quotas: tuple[Quota, ...] = ()
 
+    def given_back(self) -> RateQuotas:
+        """
+        As the limits stand again once a place just taken has been given back.
+
+        It was taken in the newest bucket, so the oldest one that counts stays the same, unless nothing is left at all.
+        """
+        return RateQuotas(
+            tuple(
+                Quota(quota.window, quota.limit, quota.used - 1, quota.resets_in_s if quota.used > 1 else 0.0)
+                for quota in self.quotas
+            )
+        )
+
 
 @attrs.frozen
 class RateWindows:
@@ -159,6 +185,15 @@ class RateWindows:
 
     def taken(self) -> RateWindows:
         return RateWindows(*(self[window].taken() for window in Window))
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The numbers of the current buckets: where a place was taken, to be given back there."""
+        return tuple(self[window].head for window in Window)
+
+    def given_back(self, heads: tuple[int, ...]) -> RateWindows:
+        """The same without a place that was taken when the heads were these, where it still counts."""
+        return RateWindows(*(self[window].given_back(head) for window, head in zip(Window, heads, strict=True)))
 
     def refusal(self, limits: Limits, now_s: float) -> tuple[Window, int] | None:
         """The window that stands longest against one more, and for how many seconds, rounded up; None: admitted."""

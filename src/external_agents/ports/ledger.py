@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from datetime import date, datetime
+from functools import cached_property
 from typing import Protocol
 from uuid import UUID
 
 import attrs
 
 from external_agents.domain.agent import ExternalAgent
-from external_agents.domain.budget import BudgetAccount
+from external_agents.domain.budget import BudgetAccount, BudgetConfig
+from external_agents.domain.idempotency import fingerprint
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.rate_limit import RateQuotas
@@ -47,6 +50,11 @@ class AdmissionRequest:
     def agent_id(self) -> UUID:
         return self.agent.id
 
+    @cached_property
+    def request_hash(self) -> bytes:
+        """The payload's fingerprint. A long payload takes milliseconds: have it before anything is locked."""
+        return fingerprint(self.request)
+
 
 @attrs.frozen(kw_only=True)
 class Admission:
@@ -65,10 +73,20 @@ class Admission:
 
 @attrs.frozen(kw_only=True)
 class Forecast:
-    """How an agent's limits stand, without taking anything."""
+    """
+    How an agent's limits stand, without taking anything.
 
+    Attributes:
+        at: The store's time; `quotas` count from it.
+        month: The first day of the month of `account`, the one in which the store's time lies.
+        budget: As the store holds it; None where the agent has no budget_config. `account` is that of its currency.
+    """
+
+    at: datetime
     quotas: RateQuotas
     rate_limited: bool
+    month: date
+    budget: BudgetConfig | None
     account: BudgetAccount
     over_budget: bool
 

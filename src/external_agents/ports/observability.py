@@ -33,15 +33,21 @@ class DecisionRecord:
     filters: bool = False
 
 
+REPLAYED = "Replayed"
+
+
 @attrs.frozen(kw_only=True)
 class InvocationRecord:
     """
-    An invocation as it ended; or, with `refusal`, one that was not admitted.
+    An invocation as it ended; or, with `refusal`, a request for one that was not admitted.
+
+    An invocation that is answered again under its idempotency key has been told of when it ended, and is not told of as
+    ended again: its `refusal` is `REPLAYED`.
 
     The payload and the answer are within `invocation`; an adapter that writes them anywhere takes on their secrecy.
 
     Attributes:
-        refusal: The name of the error that stood against it (`RateLimited`).
+        refusal: The name of the error that stood against it (`RateLimited`), or `REPLAYED`.
     """
 
     at: datetime

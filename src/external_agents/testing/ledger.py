@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -12,7 +12,7 @@ import attrs
 import pytest
 
 from external_agents.domain.agent import AgentStatus, ExternalAgent
-from external_agents.domain.budget import BudgetAccount, Money, budget_month
+from external_agents.domain.budget import BudgetAccount, BudgetConfig, Money, budget_month
 from external_agents.domain.errors import AgentInactive, AgentNotFound, ExternalAgentsError, StaleVersion
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
@@ -38,6 +38,8 @@ from external_agents.testing.stores import Store
 
 FIRST_MONTH = datetime(2026, 1, 31, 23, 59, 59, 999000, tzinfo=UTC)
 SECOND_MONTH = datetime(2026, 2, 1, tzinfo=UTC)
+CLOCKS_APART = timedelta(seconds=5)
+"""What a store's clock and a test's may differ by."""
 
 
 async def stored_agent(store: Store, **changes: Any) -> ExternalAgent:
@@ -523,6 +525,19 @@ class LedgerContract:
         assert forecast.quotas.quotas == ()
         assert not forecast.rate_limited
         assert not forecast.over_budget
+        assert forecast.budget is None
+
+    async def test_a_forecast_names_its_time_its_month_and_its_budget(self, store: Store) -> None:
+        config = {"max_cost_per_invocation": "0.50", "max_monthly_cost": 7, "currency": "EUR"}
+        agent = await stored_agent(store, budget_config=config)
+        ledger = await store.new_ledger()
+        before = store.now()
+        forecast = await ledger.forecast(agent.org_id, agent.id)
+        assert before - CLOCKS_APART <= forecast.at <= store.now() + CLOCKS_APART
+        assert forecast.month == budget_month(forecast.at)
+        assert forecast.budget == BudgetConfig(per_invocation=Decimal("0.5"), monthly_cap=Decimal(7), currency="EUR")
+        unbounded = await changed(store, agent, budget_config={})
+        assert (await ledger.forecast(unbounded.org_id, unbounded.id)).budget == BudgetConfig()
 
     async def test_a_forecast_for_an_agent_that_is_not_there(self, store: Store) -> None:
         agent = await stored_agent(store)

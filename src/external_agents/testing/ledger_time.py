@@ -73,6 +73,27 @@ class LedgerTimeContract:
         await pass_time(refusal.value.retry_after_s + window.bucket_s)
         await ledger.admit(request_at(store, agent))
 
+    @pytest.mark.parametrize("window", list(Window))
+    async def test_a_forecast_follows_the_windows(self, store: Store, pass_time: PassTime, window: Window) -> None:
+        agent = await stored_agent(store, rate_limit_config={f"requests_per_{window.value}": 3})
+        ledger = await store.new_ledger()
+        for used in (1, 2, 3):
+            await ledger.admit(request_at(store, agent))
+            [quota] = (await ledger.forecast(agent.org_id, agent.id)).quotas.quotas
+            assert (quota.used, quota.remaining) == (used, 3 - used)
+            await pass_time(window.seconds / 4)
+        for used in (2, 1, 0):
+            forecast = await ledger.forecast(agent.org_id, agent.id)
+            [quota] = forecast.quotas.quotas
+            assert (quota.used, forecast.rate_limited) == (used + 1, used == 2)
+            assert 0 < quota.resets_in_s <= window.seconds / 4 + 2 * window.bucket_s
+            before = forecast.at
+            await pass_time(quota.resets_in_s + window.bucket_s / 4)
+            forecast = await ledger.forecast(agent.org_id, agent.id)
+            [quota] = forecast.quotas.quotas
+            assert (quota.used, quota.remaining) == (used, 3 - used)
+            assert forecast.at > before
+
     async def test_what_a_dead_instance_left_running_is_ended_and_charged(
         self, store: Store, pass_time: PassTime
     ) -> None:

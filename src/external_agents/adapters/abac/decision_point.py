@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any
 
 import orjson
@@ -21,8 +23,14 @@ from external_agents.ports.policy import PolicyDecisionPoint
 CHUNK = 50
 """Decided in one go, a few milliseconds; then the event loop has its turn."""
 
+REMEMBERED_MAX = 4_096
+
 _SUBJECTS_KEPT = 1024
 _ERROR_MAX = 300
+
+_ATTRIBUTES = ("org_id", "name", "provider", "status", "tags", "created_by")
+_seen = attrgetter("id", *_ATTRIBUTES)
+"""All that Cedar is told of an agent: its id, and _ATTRIBUTES."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,23 +40,51 @@ class CedarPolicyDecisionPoint(PolicyDecisionPoint):
     Cedar in this process. The entities' ids are the subject, the agent's id and the organisation's.
 
     Cedar skips a policy that errs, a `forbid` too, so that an error can end in Allow: any error makes it a denial here.
+
+    Decisions on single requests are remembered, the last `remembered_max`, where no policy reads the context: then a
+    decision is a function of what Cedar sees of principal, action and agent, which is all that it is remembered by. An
+    agent's version is not, for an agent of somebody else's making may change without one. Errors are not remembered,
+    nor are lists, which would push out everything else.
     """
 
-    def __init__(self, policies: CedarPolicies) -> None:
+    def __init__(self, policies: CedarPolicies, *, remembered_max: int = REMEMBERED_MAX) -> None:
         self._policies = policies
         self._subject_entities = lru_cache(maxsize=_SUBJECTS_KEPT)(_subject_entities)
+        self._remembered: OrderedDict[Hashable, Decision] = OrderedDict()
+        self._remembered_max = 0 if policies.reads_context else remembered_max
 
     @property
     def judges_lists_by_agent(self) -> bool:
         return self._policies.has_folder
 
     async def decide(self, requests: Sequence[AccessRequest]) -> Sequence[Decision]:
+        if len(requests) == 1:
+            return [self._decide_one(requests[0])]
         decisions: list[Decision] = []
         for chunk in _chunks(requests):
             if decisions:
                 await asyncio.sleep(0)
             decisions += self._decide_chunk(chunk)
         return decisions
+
+    def _decide_one(self, request: AccessRequest) -> Decision:
+        # The time is no part of the decision, but without a time zone it is no request.
+        if not self._remembered_max or request.now.tzinfo is None:
+            return self._decide_chunk([request])[0]
+        key = request.principal, request.action, None if request.agent is None else _seen(request.agent)
+        try:
+            decision = self._remembered.get(key)
+        except TypeError:  # Something in it is not what it says it is, such as a list for the tags.
+            return self._decide_chunk([request])[0]
+        if decision is not None:
+            self._remembered.move_to_end(key)
+            return decision
+        [decision] = self._decide_chunk([request])
+        if not decision.errors:
+            self._remembered[key] = decision
+            if len(self._remembered) > self._remembered_max:
+                self._remembered.popitem(last=False)
+        return decision
 
     def _decide_chunk(self, chunk: Sequence[AccessRequest]) -> list[Decision]:
         try:
@@ -112,16 +148,10 @@ def _organization(org_id: str) -> dict[str, Any]:
 def _resource(action: Action, agent: ExternalAgent) -> dict[str, Any]:
     if action is Action.CREATE:
         return _organization(agent.org_id)
+    agent_id, *attributes = _seen(agent)
     return {
-        "uid": _uid("Agent", str(agent.id)),
-        "attrs": {
-            "org_id": agent.org_id,
-            "name": agent.name,
-            "provider": agent.provider,
-            "status": agent.status.value,
-            "tags": agent.tags,
-            "created_by": agent.created_by,
-        },
+        "uid": _uid("Agent", str(agent_id)),
+        "attrs": dict(zip(_ATTRIBUTES, attributes, strict=True)),
         "parents": [],
     }
 

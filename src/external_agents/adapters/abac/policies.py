@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import orjson
@@ -17,6 +17,8 @@ from external_agents.domain.errors import ConfigurationError
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\r\n]*|;', re.DOTALL)
 _BLANK = re.compile(r"(?:\s|//[^\r\n]*)*")
+
+_LASTING_VARIABLES = ("principal", "action", "resource")
 
 _log = logging.getLogger(__name__)
 
@@ -52,13 +54,18 @@ class CedarPolicies:
     Attributes:
         loaded: Every policy in force, guardrails first, then by file name and line.
         has_folder: Whether a folder was given, even an empty one.
+        reads_context: Whether a decision may depend on more than principal, action and resource. When in doubt it does.
     """
 
     def __init__(self, loaded: Sequence[LoadedPolicy], schema: Schema, *, has_folder: bool) -> None:
         self.loaded = tuple(loaded)
         self.schema = schema
         self.has_folder = has_folder
-        self.policy_set = PolicySet.from_str("\n".join(policy.text for policy in self.loaded))
+        text = "\n".join(policy.text for policy in self.loaded)
+        self.policy_set = PolicySet.from_str(text)
+        self.reads_context = any(
+            variable not in _LASTING_VARIABLES for variable in _variables(orjson.loads(policies_to_json_str(text)))
+        )
         # Cedar numbers the policies of one text in their order.
         self._ids = {f"policy{index}": policy.id for index, policy in enumerate(self.loaded)}
 
@@ -122,6 +129,21 @@ class _Reading:
             line=line,
             text=text,
         )
+
+
+def _variables(node: Any) -> Iterator[Any]:
+    """
+    What stands behind `Var` anywhere in policies as JSON, such as `context`.
+
+    A member of a record, or an annotation, may have that name, too; then it is more than the variables, never less.
+    """
+    if isinstance(node, dict):
+        if "Var" in node:
+            yield node["Var"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for part in node:
+            yield from _variables(part)
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:

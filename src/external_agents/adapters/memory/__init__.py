@@ -6,6 +6,7 @@ from external_agents.adapters.memory.identity import MemoryApiKeyStore, MemoryAu
 from external_agents.adapters.memory.ledger import MemoryLedger
 from external_agents.adapters.memory.observability import MemoryObservability
 from external_agents.adapters.memory.policy import PermissionPolicy
+from external_agents.adapters.memory.rate_limiter import MemoryRateLimiter
 from external_agents.adapters.memory.repositories import MemoryAgentReader, MemoryAgentWriter, MemoryInvocationReader
 from external_agents.adapters.memory.secrets import MemorySecretBox
 from external_agents.adapters.memory.store import MemoryStore
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryInvocationReader",
     "MemoryLedger",
     "MemoryObservability",
+    "MemoryRateLimiter",
     "MemorySecretBox",
     "MemoryStore",
     "PermissionPolicy",

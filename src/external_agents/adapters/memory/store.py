@@ -6,6 +6,8 @@ from datetime import date
 from typing import TypeAlias
 from uuid import UUID
 
+import attrs
+
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.errors import AgentNotFound
@@ -17,6 +19,15 @@ AgentKey: TypeAlias = tuple[str, UUID]
 
 AccountKey: TypeAlias = tuple[AgentKey, str, date]
 """Agent, currency, and the first day of the month."""
+
+
+@attrs.frozen
+class KeyEntry:
+    """What is kept of an idempotency key: the fingerprint that it came with, what was admitted, and when."""
+
+    request_hash: bytes
+    invocation_id: UUID
+    admitted_at_s: float
 
 
 class MemoryStore:
@@ -32,6 +43,7 @@ class MemoryStore:
         self.invocations: dict[str, dict[UUID, ExternalAgentInvocation]] = {}
         self.windows: dict[AgentKey, RateWindows] = {}
         self.accounts: dict[AccountKey, BudgetAccount] = {}
+        self.idempotency_keys: dict[tuple[AgentKey, str], KeyEntry] = {}
         self.running: dict[tuple[str, UUID], UUID] = {}
         """The instance that runs an invocation, by the invocation's org_id and id."""
         self.heard_of_s: dict[UUID, float] = {}

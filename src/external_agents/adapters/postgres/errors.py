@@ -29,7 +29,6 @@ _SCHEMA_LACKS = frozenset({"3F000", "42703", "42P01", "42883"})
 """A schema, column, table or function that our statements name."""
 
 _CONSTRAINTS: dict[str, type[AgentNotFound | StaleVersion]] = {
-    "fk_external_agent_invocations_external_agents": AgentNotFound,
     # To create is to store version 1 where there is no other.
     "pk_external_agents": StaleVersion,
 }

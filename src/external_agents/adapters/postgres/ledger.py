@@ -7,24 +7,20 @@ from collections.abc import Callable
 from uuid import UUID
 
 import attrs
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.columns import storable
 from external_agents.adapters.postgres.engine import reading, transaction
 from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.grouped.batch import Earlier
 from external_agents.adapters.postgres.grouped.committer import GroupCommitter
 from external_agents.adapters.postgres.grouped.shards import ShardGroups
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.invocations import PostgresInvocations
-from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.recovery import Recovery
-from external_agents.adapters.postgres.rows import invocation_values
-from external_agents.adapters.postgres.tables import invocations
 from external_agents.domain.errors import AdmissionInDoubt
-from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 from external_agents.ports.observability import BatchRecord
@@ -112,14 +108,13 @@ class PostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        values = invocation_values(attrs.evolve(finished, created_at=created_at_of(finished.id)))
         async with transaction(self._endings) as connection:
-            await connection.execute(insert(invocations).values(values))
+            await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
         with translate_errors():
             async with self._reading.connect() as connection:
-                return await admission.forecast(connection, org_id, agent_id)
+                return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()

@@ -1,5 +1,5 @@
 """
-Monthly partitions of the invocations, made ahead of time.
+Monthly partitions of the invocations that have ended, made ahead of time.
 
 No insert ever fails for want of a partition: there is a default one. What strays into it is moved when its month gets a
 partition, because PostgreSQL refuses to attach one whose rows lie in the default.
@@ -25,8 +25,6 @@ MONTHS_AHEAD = 3
 UPKEEP_LOCK = 7_205_113_802
 LOCK_WAIT_MS = 500
 """Less than deadlock_timeout: in a knot with live invocations it is upkeep that gives way."""
-FILLFACTOR = 70
-"""Room in the page for the settled version of a row beside the running one, so that the update is HOT."""
 
 
 async def keep_partitions(engine: AsyncEngine) -> list[str]:
@@ -69,9 +67,7 @@ def _add_partition(connection: Connection, start: datetime, end: datetime) -> bo
     connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_WAIT_MS}ms'"))
     columns = ", ".join(column.name for column in invocations.columns)
     bounds = {"first": first_id_at(start), "end": first_id_at(end)}
-    connection.execute(
-        text(f"CREATE TABLE {name} (LIKE {invocations.name} INCLUDING DEFAULTS) WITH (fillfactor = {FILLFACTOR})")
-    )
+    connection.execute(text(f"CREATE TABLE {name} (LIKE {invocations.name} INCLUDING DEFAULTS)"))
     # Nothing may stray in between the move and the attachment.
     connection.execute(text(f"LOCK TABLE {DEFAULT_PARTITION} IN ACCESS EXCLUSIVE MODE"))
     connection.execute(
@@ -84,7 +80,7 @@ def _add_partition(connection: Connection, start: datetime, end: datetime) -> bo
     connection.execute(
         text(
             f"ALTER TABLE {invocations.name} ATTACH PARTITION {name} "
-            f"FOR VALUES FROM ('{bounds['first']}') TO ('{bounds['end']}')"
+            f"FOR VALUES FROM (true, '{bounds['first']}') TO (true, '{bounds['end']}')"
         )
     )
     return True

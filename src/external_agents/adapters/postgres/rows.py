@@ -10,7 +10,7 @@ from sqlalchemy import RowMapping
 
 from external_agents.adapters.postgres.columns import config_of, config_text, storable
 from external_agents.domain.agent import AgentStatus, ExternalAgent
-from external_agents.domain.budget import Money
+from external_agents.domain.budget import BudgetAccount, Money
 from external_agents.domain.invocation import Attempt, ErrorCode, ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText
 from external_agents.domain.rate_limit import RateWindows, Window, WindowCount
@@ -25,7 +25,7 @@ END_COLUMNS = (
 
 INVOCATION_COLUMNS = (
     *("org_id", "id", "external_agent_id", "lineage_hop_id", "initiated_by", "request_payload", "reservation_amount"),
-    *("reservation_currency", "trace_id", "created_at", *END_COLUMNS),
+    *("reservation_currency", "trace_id", "created_at", "ended", *END_COLUMNS),
 )
 _attempts = make_converter(omit_if_default=True)
 
@@ -102,6 +102,7 @@ def invocation_values(invocation: ExternalAgentInvocation) -> dict[str, Any]:
         **_money_values("reservation", invocation.reservation),
         "trace_id": invocation.trace_id,
         "created_at": invocation.created_at,
+        "ended": invocation.has_ended,
         **end_values(invocation),
     }
 
@@ -152,6 +153,11 @@ def attempts_text(attempts: tuple[Attempt, ...]) -> str:
 
 def money_of(amount: Decimal | None, currency: str | None) -> Money | None:
     return None if amount is None or currency is None else Money(amount, currency)
+
+
+def account_of(row: Row) -> BudgetAccount:
+    """Of `spent` and `reserved`; empty where the row has none."""
+    return BudgetAccount() if row["spent"] is None else BudgetAccount(spent=row["spent"], reserved=row["reserved"])
 
 
 def windows_values(windows: RateWindows) -> dict[str, Any]:

@@ -7,37 +7,72 @@ from typing import Any
 from uuid import UUID
 
 import attrs
-from sqlalchemy import ColumnElement, bindparam, func, select, update
+from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from external_agents.adapters.postgres.budgets import book, lock_accounts
 from external_agents.adapters.postgres.columns import storable
 from external_agents.adapters.postgres.instances import forget
-from external_agents.adapters.postgres.rows import END_COLUMNS, attempts_text, end_values, invocation_of, money_of
-from external_agents.adapters.postgres.tables import instances, invocations
-from external_agents.domain.errors import InvocationNotFound
+from external_agents.adapters.postgres.rows import (
+    END_COLUMNS,
+    attempts_text,
+    end_values,
+    invocation_of,
+    invocation_values,
+    money_of,
+)
+from external_agents.adapters.postgres.tables import agents, instances, invocations
+from external_agents.domain.errors import AgentNotFound, InvocationNotFound
+from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ErrorCode, ExternalAgentInvocation, InvocationStatus
 
 RECOVERED_AT_ONCE = 100
 
-_END = (
-    update(invocations)
-    .where(invocations.c.org_id == bindparam("ended_org_id"), invocations.c.id == bindparam("ended_id"))
-    .values({name: bindparam(f"ended_{name}") for name in END_COLUMNS})
+# What has ended is filed anew: see `tables`. Whoever removes the running row is the one who ends it.
+_gone = (
+    delete(invocations)
+    .where(
+        invocations.c.org_id == bindparam("ended_org_id"),
+        invocations.c.id == bindparam("ended_id"),
+        invocations.c.ended.is_(False),
+        invocations.c.status == InvocationStatus.RUNNING.value,
+    )
+    .returning(invocations)
+    .cte("gone")
 )
-_END_RUNNING = _END.where(invocations.c.status == InvocationStatus.RUNNING.value).returning(
-    invocations.c.reservation_amount, invocations.c.reservation_currency
+_ends = {name: bindparam(f"ended_{name}", type_=invocations.c[name].type) for name in END_COLUMNS}
+_END = (
+    insert(invocations)
+    .from_select(
+        [column.name for column in invocations.c],
+        select(*(_ends.get(column.name, true() if column.name == "ended" else column) for column in _gone.c)),
+    )
+    .returning(invocations.c.reservation_amount, invocations.c.reservation_currency)
 )
 
 
 async def settle(connection: AsyncConnection, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
     """Within a transaction; the invocation is locked first, then accounts."""
-    reserved = (await connection.execute(_END_RUNNING, _end_parameters(finished))).one_or_none()
+    reserved = (await connection.execute(_END, _end_parameters(finished))).one_or_none()
     if reserved is None:
         return await _add_evidence(connection, finished)
     reservation = money_of(*reserved)
     await book(connection, [(finished, reservation)])
     return attrs.evolve(finished, reservation=reservation, error_message=storable(finished.error_message))
+
+
+async def record(connection: AsyncConnection, finished: ExternalAgentInvocation) -> None:
+    """
+    Within a transaction.
+
+    Raises:
+        AgentNotFound: There is no such agent.
+    """
+    agent = (agents.c.org_id == finished.org_id, agents.c.id == finished.external_agent_id)
+    if await connection.scalar(select(agents.c.id).where(*agent)) is None:
+        raise AgentNotFound
+    created = attrs.evolve(finished, created_at=created_at_of(finished.id))
+    await connection.execute(insert(invocations).values(invocation_values(created)))
 
 
 async def _add_evidence(connection: AsyncConnection, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
@@ -71,7 +106,7 @@ async def interrupt(connection: AsyncConnection, now: datetime, *which: ColumnEl
 
     Accounts are locked before invocations, as group commit does; a settlement that was there first has its way.
     """
-    running = (*which, invocations.c.status == InvocationStatus.RUNNING.value)
+    running = (*which, invocations.c.ended.is_(False), invocations.c.status == InvocationStatus.RUNNING.value)
     first = select(invocations).where(*running).order_by(invocations.c.id).limit(RECOVERED_AT_ONCE)
     left = [invocation_of(row) for row in (await connection.execute(first)).mappings()]
     await lock_accounts(connection, left)
@@ -80,8 +115,8 @@ async def interrupt(connection: AsyncConnection, now: datetime, *which: ColumnEl
     locked = await connection.execute(still.order_by(invocations.c.id).with_for_update(skip_locked=True))
     found = [invocation_of(row) for row in locked.mappings()]
     ended = [invocation.interrupted(now) for invocation in found]
-    if ended:
-        await connection.execute(_END, [_end_parameters(invocation) for invocation in ended])
+    for invocation in ended:
+        await connection.execute(_END, _end_parameters(invocation))
     await book(connection, [(invocation, invocation.reservation) for invocation in ended])
     return len(ended)
 

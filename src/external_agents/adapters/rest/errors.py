@@ -12,7 +12,7 @@ import orjson
 from falcon.asgi import Request, Response
 
 from external_agents.adapters.rest.incoming import Incoming, incoming_of
-from external_agents.adapters.rest.representations import Json, invocation_json, quota_headers
+from external_agents.adapters.rest.representations import Json, invocation_json, invoked_headers, quota_headers
 from external_agents.application.invocation import Invoked
 from external_agents.domain import errors as library
 from external_agents.domain import refusals
@@ -95,8 +95,8 @@ def _quotas_and_wait(error: refusals.RateLimited, incoming: Incoming) -> Mapping
     return {"Retry-After": str(error.retry_after_s), **quota_headers(error.quotas)}
 
 
-def _quotas_since(error: AgentFailed, incoming: Incoming) -> Mapping[str, str]:
-    return quota_headers(error.invoked.quotas)
+def _of_invoked(error: AgentFailed, incoming: Incoming) -> Mapping[str, str]:
+    return invoked_headers(error.invoked)
 
 
 def _invocation(error: AgentFailed) -> Json:
@@ -140,23 +140,27 @@ KINDS: Mapping[type[BaseException], Kind] = {
         405, "method-not-allowed", "Method not allowed", "The header Allow names the methods.", headers=_own_headers
     ),
     library.AgentInactive: Kind(409, "agent-inactive", "The agent is inactive"),
+    refusals.IdempotencyKeyInFlight: Kind(
+        409, "idempotency-key-in-flight", "The first invocation has not ended", headers=_wait
+    ),
     library.IllegalTransition: Kind(409, "illegal-transition", "The status cannot change so"),
     library.StaleVersion: Kind(412, "stale-version", "The agent has changed"),
     falcon.HTTPContentTooLarge: Kind(413, "too-large", "The body is too large"),
     falcon.HTTPUnsupportedMediaType: Kind(
         415, "unsupported-media-type", "The body is not acceptable", headers=_own_headers
     ),
+    refusals.IdempotencyKeyReused: Kind(422, "idempotency-key-reused", "The key came with another payload"),
     refusals.RateLimited: Kind(429, "rate-limited", "Too many invocations", headers=_quotas_and_wait),
     Exception: _INTERNAL,
     library.ExternalAgentsError: _INTERNAL,
     falcon.HTTPError: _INTERNAL,
-    AgentFailed: Kind(502, "agent-failed", "The agent failed", members=_invocation, headers=_quotas_since),
+    AgentFailed: Kind(502, "agent-failed", "The agent failed", members=_invocation, headers=_of_invoked),
     library.Unavailable: Kind(503, "unavailable", "Not available now", members=_invocation_id, headers=_wait),
     library.SecretUnreadable: Kind(
         503, "secret-unreadable", "Not available now", "A stored secret cannot be read.", headers=_wait, is_ours=True
     ),
     NotReady: Kind(503, "not-ready", "Not ready", members=_checks, headers=_wait),
-    AgentTimedOut: Kind(504, "agent-timed-out", "The agent timed out", members=_invocation, headers=_quotas_since),
+    AgentTimedOut: Kind(504, "agent-timed-out", "The agent timed out", members=_invocation, headers=_of_invoked),
 }
 
 

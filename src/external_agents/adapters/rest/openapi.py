@@ -9,7 +9,7 @@ import falcon
 
 from external_agents.adapters.rest import openapi_examples as examples
 from external_agents.adapters.rest.errors import KINDS, PROBLEM_MEDIA_TYPE, Kind, NotReady
-from external_agents.adapters.rest.openapi_paths import paths
+from external_agents.adapters.rest.openapi_paths import OF_INVOKED, paths
 from external_agents.adapters.rest.openapi_schemas import ref, schemas
 from external_agents.domain.access import PERMISSIONS
 from external_agents.domain.catalog import Catalog
@@ -22,7 +22,7 @@ call.
 
 Every call but those of *service* carries `Authorization: Bearer <API key>`; the key says which organisation it acts
 for, and another organisation's agents do not exist for it. Checks come in this order: 401; 413, 415 and malformed JSON
-(400); 404; 403; 412; validation (400); 409; 429; 402.
+(400); 404; 403; 412; validation (400); 409; the idempotency key (422, 409); 429; 402.
 
 Every error is a problem (RFC 9457, `application/problem+json`); an invalid request is told all its faults at once, in
 `errors`. Times are RFC 3339 in UTC. Numbers keep their digits: read them with a decimal type where that matters.
@@ -74,6 +74,7 @@ def _header(description: str, example: str | int) -> Document:
 _HEADERS = {
     "Allow": _header("The methods that there are.", "GET, HEAD, POST"),
     "ETag": _header("The agent's version.", '"1"'),
+    "IdempotentReplayed": _header("The answer is an earlier invocation's, which came with the same key.", "true"),
     "Location": _header("Where the agent is.", "/api/external-agents/019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13"),
     "RateLimit": _header(
         "What is left of each limit that is set (`r`), and in how many seconds more comes free (`t`).",
@@ -91,10 +92,11 @@ _HEADERS_OF = {
     401: {"WWW-Authenticate": "WWWAuthenticate"},
     402: {"RateLimit": "RateLimit", "RateLimit-Policy": "RateLimitPolicy"},
     405: {"Allow": "Allow"},
+    409: {"Retry-After": "RetryAfter"},
     429: {"Retry-After": "RetryAfter", "RateLimit": "RateLimit", "RateLimit-Policy": "RateLimitPolicy"},
-    502: {"RateLimit": "RateLimit", "RateLimit-Policy": "RateLimitPolicy"},
+    502: OF_INVOKED,
     503: {"Retry-After": "RetryAfter"},
-    504: {"RateLimit": "RateLimit", "RateLimit-Policy": "RateLimitPolicy"},
+    504: OF_INVOKED,
 }
 
 

@@ -36,6 +36,22 @@ INVOCATION: Document = {
     "completed_at": "2026-01-31T12:00:00.412000Z",
 }
 
+USAGE: Document = {
+    "rate_limit": {
+        "minute": {"limit": 60, "used": 2, "remaining": 58, "resets_at": "2026-01-31T12:00:48.000000Z"},
+        "hour": None,
+        "day": {"limit": 5000, "used": 417, "remaining": 4583, "resets_at": "2026-01-31T12:28:48.000000Z"},
+    },
+    "budget": {
+        "currency": "EUR",
+        "month": "2026-01",
+        "cap": "100",
+        "spent": "41.65",
+        "reserved": "0.2",
+        "remaining": "58.15",
+    },
+}
+
 _FAILED: Document = {
     **INVOCATION,
     "status": "failed",

@@ -22,9 +22,17 @@ from external_agents.adapters.rest.openapi_parts import (
 from external_agents.adapters.rest.openapi_schemas import ref
 from external_agents.adapters.rest.queries import INVOCATION_FILTERS, agent_filters
 from external_agents.adapters.rest.resources import API_PREFIX
-from external_agents.application.service import LINEAGE_HOP_ID_MAX
+from external_agents.application.invocation_request import LINEAGE_HOP_ID_MAX
 from external_agents.domain.access import Action
 from external_agents.domain.catalog import Catalog
+from external_agents.domain.idempotency import KEY_LENGTH_MAX
+
+OF_INVOKED = {
+    "RateLimit": "RateLimit",
+    "RateLimit-Policy": "RateLimitPolicy",
+    "Idempotent-Replayed": "IdempotentReplayed",
+}
+"""The header fields of every answer with an invocation that was admitted."""
 
 
 def paths(catalog: Catalog) -> Document:
@@ -39,6 +47,7 @@ def paths(catalog: Catalog) -> Document:
             "parameters": [id_parameter("agent_id")],
         },
         f"{agent}/invoke": {"post": _invoke(), "parameters": [id_parameter("agent_id")]},
+        f"{agent}/usage": {"get": _usage(), "parameters": [id_parameter("agent_id")]},
         invocations: {
             "get": _list_invocations("listInvocations", "an agent, a deleted one too", ("404",)),
             "parameters": [id_parameter("agent_id")],
@@ -141,6 +150,14 @@ def _invoke() -> Document:
                 "X-Lineage-Hop-Id", "Stored with the invocation.", minLength=1, maxLength=LINEAGE_HOP_ID_MAX
             ),
             header_parameter(
+                "Idempotency-Key",
+                "For 24 h, an invocation of this agent with this key and equal JSON is not made again: the first one's "
+                "answer comes again, success or failure, with `Idempotent-Replayed: true`. With another payload: 422. "
+                "While the first still runs: 409. A refusal before admission keeps no key.",
+                minLength=1,
+                maxLength=KEY_LENGTH_MAX,
+            ),
+            header_parameter(
                 "traceparent", "W3C Trace Context: the trace that this belongs to. An invalid one is ignored."
             ),
         ],
@@ -150,9 +167,20 @@ def _invoke() -> Document:
             "content": {JSON: {"schema": {}, "examples": {"a question": {"value": {"input": "hello"}}}}},
         },
         responses={
-            "200": answer("The invocation.", ref("Invocation"), examples.INVOCATION, **_QUOTAS),
+            "200": answer("The invocation.", ref("Invocation"), examples.INVOCATION, **OF_INVOKED),
         },
-        errors=("400", "402", "404", "409", "413", "415", "429", "502", "504"),
+        errors=("400", "402", "404", "409", "413", "415", "422", "429", "502", "504"),
+    )
+
+
+def _usage() -> Document:
+    return guarded(
+        Action.READ,
+        "getUsage",
+        "Show how an agent's limits stand",
+        "It takes no place and reserves nothing. A place comes free at most 2 % of its window late.",
+        responses={"200": answer("The usage.", ref("Usage"), examples.USAGE)},
+        errors=("404",),
     )
 
 
@@ -190,6 +218,3 @@ def _ready() -> Document:
     operation = open_to_all("readiness", "Whether the service can serve", schema)
     operation["responses"]["503"] = {"$ref": "#/components/responses/NotReady"}
     return operation
-
-
-_QUOTAS = {"RateLimit": "RateLimit", "RateLimit-Policy": "RateLimitPolicy"}

@@ -12,6 +12,7 @@ from external_agents.domain.agent import AgentStatus
 from external_agents.domain.auth import EVERYTHING
 from external_agents.domain.catalog import Catalog
 from external_agents.domain.invocation import ErrorCode, InvocationStatus
+from external_agents.domain.rate_limit import Window
 from external_agents.domain.schema import JsonSchema
 
 Document = dict[str, Any]
@@ -43,6 +44,7 @@ def schemas(catalog: Catalog) -> Document:
             "Invocation",
             next_cursor={"type": ["string", "null"], "description": "Pass it as `cursor`; null on the last page."},
         ),
+        "Usage": USAGE,
         "Problem": PROBLEM,
         **dict(_configs(catalog)),
     }
@@ -201,6 +203,46 @@ INVOCATION: Document = {
     "description": "The durable record of one call, whatever its attempts.",
     "properties": _INVOCATION_PROPERTIES,
     "required": list(_INVOCATION_PROPERTIES),
+}
+
+_WINDOW: Document = {
+    "type": ["object", "null"],
+    "description": "null: not limited.",
+    "properties": {
+        "limit": {"type": "integer", "minimum": 0},
+        "used": {"type": "integer", "minimum": 0, "description": "Invocations that were admitted within the window."},
+        "remaining": {"type": "integer", "minimum": 0},
+        "resets_at": {**_MOMENT, "description": "When the next place comes free; with nothing used, now."},
+    },
+    "required": ["limit", "used", "remaining", "resets_at"],
+}
+
+_UNDER_CAP: Document = {"type": ["string", "null"], "description": "A decimal; null: there is no max_monthly_cost."}
+
+USAGE: Document = {
+    "type": "object",
+    "description": "How an agent's rate limits and its budget stand.",
+    "properties": {
+        "rate_limit": {
+            "type": "object",
+            "properties": {window.value: _WINDOW for window in Window},
+            "required": [window.value for window in Window],
+        },
+        "budget": {
+            "type": ["object", "null"],
+            "description": "null: the agent has no budget_config.",
+            "properties": {
+                "currency": {"type": "string"},
+                "month": {"type": "string", "pattern": r"^\d{4}-\d{2}$", "description": "In UTC."},
+                "cap": _UNDER_CAP,
+                "spent": {"type": "string", "description": "Charged for invocations that have ended: a decimal."},
+                "reserved": {"type": "string", "description": "Held for invocations that run: a decimal."},
+                "remaining": _UNDER_CAP,
+            },
+            "required": ["currency", "month", "cap", "spent", "reserved", "remaining"],
+        },
+    },
+    "required": ["rate_limit", "budget"],
 }
 
 PROBLEM: Document = {

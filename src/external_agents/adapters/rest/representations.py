@@ -1,4 +1,4 @@
-"""What agents and invocations look like in JSON. Numbers and payloads keep every digit: no float stands between."""
+"""What agents, invocations, usage are in JSON. Numbers and payloads keep every digit: no float stands between."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from external_agents.application.invocation import Invoked
 from external_agents.application.parameters import AgentPage, InvocationPage
+from external_agents.application.usage import BudgetUsage, Usage, WindowUsage
 from external_agents.domain.agent import ExternalAgent
-from external_agents.domain.budget import Money
+from external_agents.domain.budget import Money, plain
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation
 from external_agents.domain.json_values import JsonText, JsonValue, dumps
 from external_agents.domain.rate_limit import RateQuotas
@@ -97,6 +99,44 @@ def quota_headers(quotas: RateQuotas) -> dict[str, str]:
         "RateLimit": ", ".join(
             f'"{quota.window.value}";r={quota.remaining};t={math.ceil(quota.resets_in_s)}' for quota in quotas.quotas
         ),
+    }
+
+
+def invoked_headers(invoked: Invoked) -> dict[str, str]:
+    """The quotas, and whether it is an earlier invocation's answer again."""
+    replayed = {"Idempotent-Replayed": "true"} if invoked.replayed else {}
+    return {**quota_headers(invoked.quotas), **replayed}
+
+
+def usage_json(usage: Usage) -> Json:
+    windows = usage.rate_limit
+    return {
+        "rate_limit": {
+            "minute": _window(windows.minute) if windows.minute else None,
+            "hour": _window(windows.hour) if windows.hour else None,
+            "day": _window(windows.day) if windows.day else None,
+        },
+        "budget": _budget(usage.budget) if usage.budget else None,
+    }
+
+
+def _window(window: WindowUsage) -> Json:
+    return {
+        "limit": window.limit,
+        "used": window.used,
+        "remaining": window.remaining,
+        "resets_at": _moment(window.resets_at),
+    }
+
+
+def _budget(budget: BudgetUsage) -> Json:
+    return {
+        "currency": budget.currency,
+        "month": f"{budget.month:%Y-%m}",
+        "cap": None if budget.cap is None else plain(budget.cap),
+        "spent": plain(budget.spent),
+        "reserved": plain(budget.reserved),
+        "remaining": None if budget.remaining is None else plain(budget.remaining),
     }
 
 

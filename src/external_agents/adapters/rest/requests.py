@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from uuid import UUID
 
+import attrs
 from falcon.asgi import Request
 
 from external_agents.adapters.rest.asgi import field_values
 from external_agents.adapters.rest.incoming import incoming_of
+from external_agents.domain.errors import ValidationError
 from external_agents.domain.json_values import JsonText, JsonValue, decode
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _NOTHING = UUID(int=0)
+
+_HEADERS: Mapping[str, str] = {"idempotency_key": "Idempotency-Key"}
 
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _ENTITY_TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
@@ -44,6 +50,30 @@ async def payload_of(req: Request) -> JsonText:
 def lineage_hop_id_of(req: Request) -> str | None:
     values = list(field_values(req.scope, b"x-lineage-hop-id"))
     return _text(b", ".join(values)) or None
+
+
+def idempotency_key_of(req: Request) -> str | None:
+    """The key; None where none is sent, and empty, which is no key, where there are several."""
+    values = list(field_values(req.scope, b"idempotency-key"))
+    if not values:
+        return None
+    return _text(values[0]).strip(" \t") if len(values) == 1 else ""
+
+
+@contextmanager
+def faults_by_header() -> Iterator[None]:
+    """
+    Calls the faults of values that came in header fields by the fields' names.
+
+    Raises:
+        ValidationError: The same faults.
+    """
+    try:
+        yield
+    except ValidationError as invalid:
+        raise ValidationError(
+            attrs.evolve(fault, path=_HEADERS.get(fault.path, fault.path)) for fault in invalid.errors
+        ) from None
 
 
 def has_version(req: Request, version: int) -> bool:

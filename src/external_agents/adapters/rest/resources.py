@@ -18,13 +18,16 @@ from external_agents.adapters.rest.representations import (
     agent_page_json,
     invocation_json,
     invocation_page_json,
-    quota_headers,
+    invoked_headers,
+    usage_json,
 )
 from external_agents.adapters.rest.requests import (
     demanded_versions,
     document_of,
+    faults_by_header,
     has_version,
     id_of,
+    idempotency_key_of,
     lineage_hop_id_of,
     payload_of,
 )
@@ -92,17 +95,26 @@ class Agent(ServiceResource):
 class Invoke(ServiceResource):
     async def on_post(self, req: Request, resp: Response, agent_id: str) -> None:
         payload = await payload_of(req)
-        invoked = await self._service.invoke(
-            principal_of(req),
-            id_of(agent_id),
-            payload,
-            trace_id=incoming_of(req).trace_id,
-            lineage_hop_id=lineage_hop_id_of(req),
-        )
+        with faults_by_header():
+            invoked = await self._service.invoke(
+                principal_of(req),
+                id_of(agent_id),
+                payload,
+                trace_id=incoming_of(req).trace_id,
+                lineage_hop_id=lineage_hop_id_of(req),
+                idempotency_key=idempotency_key_of(req),
+            )
         if invoked.invocation.status is not InvocationStatus.SUCCEEDED:
             raise AgentFailed.of(invoked)
-        resp.set_headers(quota_headers(invoked.quotas))
+        resp.set_headers(invoked_headers(invoked))
         show(resp, invocation_json(invoked.invocation))
+
+
+class Usage(ServiceResource):
+    async def on_get(self, req: Request, resp: Response, agent_id: str) -> None:
+        show(resp, usage_json(await self._service.get_usage(principal_of(req), id_of(agent_id))))
+
+    on_head = on_get
 
 
 class OrganisationInvocations(ServiceResource):
@@ -136,6 +148,7 @@ def api_routes(service: ExternalAgentService) -> dict[str, Resource]:
         f"{API_PREFIX}/invocations": OrganisationInvocations(service),
         f"{API_PREFIX}/{{agent_id}}": Agent(service),
         f"{API_PREFIX}/{{agent_id}}/invoke": Invoke(service),
+        f"{API_PREFIX}/{{agent_id}}/usage": Usage(service),
         f"{API_PREFIX}/{{agent_id}}/invocations": AgentInvocations(service),
         f"{API_PREFIX}/{{agent_id}}/invocations/{{invocation_id}}": Invocation(service),
     }

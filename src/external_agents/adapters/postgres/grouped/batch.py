@@ -27,7 +27,6 @@ from external_agents.adapters.postgres.rows import attempts_text
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.budget import Money, budget_month
 from external_agents.domain.errors import AgentInactive, AgentNotFound, StaleVersion
-from external_agents.domain.idempotency import fingerprint
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.rate_limit import BUCKETS, Quota, RateQuotas, RateWindows, Window, WindowCount
@@ -197,7 +196,7 @@ class Batch:
         yield Moments([item.created_at for _, item in items])
         if self._keys:
             yield Texts([request.idempotency_key for request in requests])
-            yield Bytes([fingerprint(request.request) if request.idempotency_key else None for request in requests])
+            yield Bytes([request.request_hash if request.idempotency_key else None for request in requests])
         else:
             yield from (Texts(), Bytes())
 

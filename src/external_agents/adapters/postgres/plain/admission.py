@@ -1,8 +1,9 @@
-"""Admitting an invocation, and telling how one would fare: what the statements read, the domain decides."""
+"""Admitting an invocation: what the statements read, the domain decides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -12,10 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from external_agents.adapters.postgres.columns import config_of
 from external_agents.adapters.postgres.instances import LeaseLost
+from external_agents.adapters.postgres.plain.idempotency import first_of_key, keep_key
 from external_agents.adapters.postgres.rows import (
     INVOCATION_COLUMNS,
     WINDOWS_COLUMNS,
     Row,
+    account_of,
     invocation_values,
     windows_of,
     windows_values,
@@ -28,7 +31,8 @@ from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.domain.rate_limit import RateQuotas, RateWindows, Window, limits_of
 from external_agents.domain.refusals import BudgetExceeded, RateLimited
-from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast
+from external_agents.ports.ledger import Admission, AdmissionRequest
+from external_agents.ports.rate_limiter import Place
 
 # The windows' lock is the agent's gate: admissions and changes of the agent pass one by one, first come, first served.
 # The lock on the instance keeps recovery from taking this process for dead until this transaction has ended.
@@ -65,19 +69,6 @@ _AGENT = text(
     """
 )
 
-_FORECAST = text(
-    """
-    SELECT agent.rate_limit_config::text, agent.budget_config::text, windows.*, account.spent, account.reserved, now
-    FROM external_agents AS agent
-    JOIN external_agent_rate_windows AS windows ON windows.org_id = agent.org_id AND windows.agent_id = agent.id
-    CROSS JOIN (SELECT clock_timestamp() AS now) AS clock
-    LEFT JOIN external_agent_budgets AS account ON account.org_id = agent.org_id AND account.agent_id = agent.id
-        AND account.currency = coalesce(agent.budget_config ->> 'currency', :default_currency)
-        AND account.month = date_trunc('month', now AT TIME ZONE 'UTC')::date
-    WHERE agent.org_id = :org_id AND agent.id = :agent_id
-    """
-)
-
 # Parameters named like columns are SQLAlchemy's own, hence the prefixes.
 _place = (
     update(rate_windows)
@@ -94,12 +85,7 @@ _reservation = (
     )
     .values(reserved=budgets.c.reserved + bindparam("new_reservation_amount"))
 )
-_RECORD = (
-    insert(invocations)
-    .values({name: bindparam(f"new_{name}") for name in (*INVOCATION_COLUMNS, "instance_id")})
-    .add_cte(_place.cte("place"))
-)
-_RESERVED_RECORD = _RECORD.add_cte(_reservation.cte("reservation"))
+_RECORD = insert(invocations).values({name: bindparam(f"new_{name}") for name in (*INVOCATION_COLUMNS, "instance_id")})
 
 
 @attrs.frozen
@@ -110,40 +96,49 @@ class _Limits:
     budget: BudgetConfig
     windows: RateWindows
     account: BudgetAccount
-    now_s: float
+    now: datetime
 
     @classmethod
     def of(cls, agent: Row, windows: Row) -> _Limits:
-        now_s = agent["now"].timestamp()
+        now = agent["now"]
         return cls(
             limits_of(config_of(agent["rate_limit_config"])),
             BudgetConfig.of(config_of(agent["budget_config"])),
-            windows_of(windows).advanced(now_s),
-            _account_of(agent),
-            now_s,
+            windows_of(windows).advanced(now.timestamp()),
+            account_of(agent),
+            now,
         )
+
+    @property
+    def now_s(self) -> float:
+        return self.now.timestamp()
 
     def quotas(self, windows: RateWindows) -> RateQuotas:
         return windows.quotas(self.limits, self.now_s)
 
-    def require_place(self) -> None:
+    def require_place(self, verdict: Place | RateLimited | None) -> None:
         """
         Raises:
-            RateLimited: A window is full.
+            RateLimited: A window is full; or the verdict itself.
             BudgetExceeded: The budget does not cover one more.
         """
-        if refusal := self.windows.refusal(self.limits, self.now_s):
+        if isinstance(verdict, RateLimited):
+            raise verdict
+        if verdict is None and (refusal := self.windows.refusal(self.limits, self.now_s)):
             window, retry_after_s = refusal
             raise RateLimited(window.value, retry_after_s, self.quotas(self.windows))
         if not self.account.admits(self.budget):
-            raise BudgetExceeded(self.quotas(self.windows))
+            raise BudgetExceeded(self.quotas(self.windows) if verdict is None else verdict.quotas)
 
 
 async def admit(connection: AsyncConnection, request: AdmissionRequest, instance_id: UUID) -> Admission:
     """Within a transaction; what is raised must roll it back, so that a refusal leaves no trace."""
     created_at = created_at_of(request.invocation_id)
     limits = await _limits_behind_gate(connection, request, instance_id)
-    limits.require_place()
+    if first := await first_of_key(connection, request, limits.now):
+        quotas = limits.quotas(limits.windows) if request.verdict is None else request.verdict.quotas
+        return Admission(invocation=first, quotas=quotas, replayed=True)
+    limits.require_place(request.verdict)
     windows = limits.windows.taken()
     per_invocation = limits.budget.per_invocation
     invocation = ExternalAgentInvocation(
@@ -157,26 +152,10 @@ async def admit(connection: AsyncConnection, request: AdmissionRequest, instance
         trace_id=request.trace_id,
         created_at=created_at,
     )
-    await _write(connection, invocation, windows, instance_id)
-    return Admission(invocation=invocation, quotas=limits.quotas(windows))
-
-
-async def forecast(connection: AsyncConnection, org_id: str, agent_id: UUID) -> Forecast:
-    values = {"org_id": org_id, "agent_id": agent_id, "default_currency": DEFAULT_CURRENCY}
-    row = (await connection.execute(_FORECAST, values)).mappings().one_or_none()
-    if row is None:
-        raise AgentNotFound
-    limits = _Limits.of(row, row)
-    return Forecast(
-        quotas=limits.quotas(limits.windows),
-        rate_limited=limits.windows.refusal(limits.limits, limits.now_s) is not None,
-        account=limits.account,
-        over_budget=not limits.account.admits(limits.budget),
-    )
-
-
-def _account_of(row: Row) -> BudgetAccount:
-    return BudgetAccount() if row["spent"] is None else BudgetAccount(spent=row["spent"], reserved=row["reserved"])
+    await _write(connection, invocation, windows if request.verdict is None else None, instance_id)
+    await keep_key(connection, request, limits.now)
+    quotas = limits.quotas(windows) if request.verdict is None else request.verdict.quotas
+    return Admission(invocation=invocation, quotas=quotas)
 
 
 async def _limits_behind_gate(connection: AsyncConnection, request: AdmissionRequest, instance_id: UUID) -> _Limits:
@@ -203,15 +182,24 @@ async def _limits_behind_gate(connection: AsyncConnection, request: AdmissionReq
 
 
 async def _write(
-    connection: AsyncConnection, invocation: ExternalAgentInvocation, windows: RateWindows, instance_id: UUID
+    connection: AsyncConnection, invocation: ExternalAgentInvocation, windows: RateWindows | None, instance_id: UUID
 ) -> None:
-    """One statement for the place, the reservation and the record; all but the record are locked already."""
+    """
+    One statement for the place, the reservation and the record; all but the record are locked already.
+
+    Args:
+        windows: With the place taken; None: it was taken elsewhere.
+    """
     values = {
         **invocation_values(invocation),
-        **windows_values(windows),
+        **({} if windows is None else windows_values(windows)),
         "agent_id": invocation.external_agent_id,
         "instance_id": instance_id,
         "month": budget_month(invocation.created_at),
     }
-    statement = _RECORD if invocation.reservation is None else _RESERVED_RECORD
+    statement = _RECORD
+    if windows is not None:
+        statement = statement.add_cte(_place.cte("place"))
+    if invocation.reservation is not None:
+        statement = statement.add_cte(_reservation.cte("reservation"))
     await connection.execute(statement, {f"new_{name}": value for name, value in values.items()})

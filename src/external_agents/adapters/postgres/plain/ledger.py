@@ -1,23 +1,19 @@
-"""Locks are taken in one order: an instance, an agent's windows, an invocation, accounts by their keys."""
+"""Locks are taken in one order: an instance, an agent's windows, an invocation, accounts, an idempotency key."""
 
 from __future__ import annotations
 
 from uuid import UUID
 
-import attrs
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.engine import reading, transaction
 from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.adapters.postgres.recovery import Recovery
-from external_agents.adapters.postgres.rows import invocation_values
-from external_agents.adapters.postgres.tables import invocations
-from external_agents.domain.ids import created_at_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 
@@ -61,18 +57,22 @@ class PlainPostgresLedger(InvocationLedger):
     async def _admit(self, request: AdmissionRequest) -> Admission:
         invocation_id = request.invocation_id
         admitted = None
+        if request.idempotency_key is not None:
+            _ = request.request_hash  # Taken now, it does not take time while the agent is locked.
         try:
             await self._instance.enter(invocation_id)
             turn = self._turnstile.turn((request.org_id, request.agent_id))
             async with turn, transaction(self._engine) as connection:
                 admitted = await admission.admit(connection, request, self._instance.id)
         except BaseException:
-            if admitted is None:
+            if admitted is None or admitted.replayed:
                 self._instance.leave(invocation_id)
             else:
                 # The commit was on its way when the connection broke or the caller went away: did it arrive?
                 self._recovery.doubt(request.org_id, invocation_id)
             raise
+        if admitted.replayed:
+            self._instance.leave(invocation_id)
         return admitted
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
@@ -82,14 +82,13 @@ class PlainPostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        values = invocation_values(attrs.evolve(finished, created_at=created_at_of(finished.id)))
         async with transaction(self._endings) as connection:
-            await connection.execute(insert(invocations).values(values))
+            await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
         with translate_errors():
             async with self._reading.connect() as connection:
-                return await admission.forecast(connection, org_id, agent_id)
+                return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()

@@ -65,7 +65,7 @@ DECLARE
     s record;
     g record;
     a record;
-    ended record;
+    filed record;
     agent record;
     earlier record;
     admits boolean := cardinality(g_agent_id) > 0;
@@ -124,26 +124,36 @@ BEGIN
             AS element (org_id, id, released, charged, status, response_payload, response_status, attempts,
             execution_time_ms, error_code, error_message, cost_amount, cost_overrun, completed_at)
     LOOP
-        UPDATE external_agent_invocations AS this
-        SET status = s.status, response_payload = s.response_payload::json, response_status = s.response_status,
-            attempts = s.attempts::json, execution_time_ms = s.execution_time_ms, error_code = s.error_code,
-            error_message = s.error_message, cost_amount = s.cost_amount::numeric,
-            cost_currency = k_currency[s.charged], cost_overrun = s.cost_overrun, completed_at = s.completed_at
-        WHERE this.org_id = s.org_id AND this.id = s.id AND this.status = 'running'
+        WITH running AS (
+            DELETE FROM external_agent_invocations AS this
+            WHERE this.org_id = s.org_id AND this.id = s.id AND NOT this.ended AND this.status = 'running'
+            RETURNING this.*
+        )
+        INSERT INTO external_agent_invocations AS this (org_id, id, external_agent_id, lineage_hop_id,
+            parent_invocation_id, initiated_by, status, request_payload, response_payload, response_status, attempts,
+            execution_time_ms, error_code, error_message, reservation_amount, reservation_currency, cost_amount,
+            cost_currency, cost_overrun, trace_id, created_at, completed_at, instance_id, ended)
+        SELECT running.org_id, running.id, running.external_agent_id, running.lineage_hop_id,
+            running.parent_invocation_id, running.initiated_by, s.status, running.request_payload,
+            s.response_payload::json, s.response_status, s.attempts::json, s.execution_time_ms, s.error_code,
+            s.error_message, running.reservation_amount, running.reservation_currency, s.cost_amount::numeric,
+            k_currency[s.charged], s.cost_overrun, running.trace_id, running.created_at, s.completed_at,
+            running.instance_id, true
+        FROM running
         RETURNING this.external_agent_id AS agent_id, this.reservation_amount AS reserved,
             this.reservation_currency AS currency, date_trunc('month', this.created_at AT TIME ZONE 'UTC')::date AS month
-        INTO ended;
+        INTO filed;
         settled := settled || FOUND;
         CONTINUE WHEN NOT FOUND;
-        IF (ended.reserved IS NOT NULL AND (ended.agent_id, ended.currency, ended.month)
+        IF (filed.reserved IS NOT NULL AND (filed.agent_id, filed.currency, filed.month)
                 IS DISTINCT FROM (k_agent_id[s.released], k_currency[s.released], k_month[s.released]))
-            OR (s.charged IS NOT NULL AND (ended.agent_id, ended.month)
+            OR (s.charged IS NOT NULL AND (filed.agent_id, filed.month)
                 IS DISTINCT FROM (k_agent_id[s.charged], k_month[s.charged]))
         THEN
             RAISE EXCEPTION 'invocation % is settled as another agent''s, month''s or currency''s than it is', s.id;
         END IF;
-        IF ended.reserved IS NOT NULL THEN
-            k_reserved[s.released] := k_reserved[s.released] - ended.reserved;
+        IF filed.reserved IS NOT NULL THEN
+            k_reserved[s.released] := k_reserved[s.released] - filed.reserved;
         END IF;
         IF s.charged IS NOT NULL THEN
             k_spent[s.charged] := k_spent[s.charged] + s.cost_amount::numeric;
