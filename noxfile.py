@@ -29,7 +29,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over the library, and over the file that shows how it looks from outside."""
     session.install(".[serve,testing]", *TYPE_CHECKER)
-    session.run("mypy", "src", "tests/typing", "docs/generate.py", "benchmarks")
+    session.run("mypy", "src", "tests/typing", "docs/generate.py", "benchmarks", "chaos")
 
 
 @nox.session
@@ -52,6 +52,15 @@ def tests(session: nox.Session) -> None:
     """Everything, on real parts: PostgreSQL, Redis, HTTP agents, gunicorn, a browser."""
     session.install(".[serve]", *TESTS)
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
+
+
+@nox.session(default=False)
+def chaos(session: nox.Session) -> None:
+    """Every broken guard must be caught; then everything is crashed for ten minutes, and nothing may be lost."""
+    session.install(".[serve]", *TESTS)
+    session.run("python", "-m", "chaos", "--controls")
+    session.run("python", "-m", "chaos", "--short", "--redis")
+    session.run("python", "-m", "chaos", *session.posargs)
 
 
 @nox.session(default=False)

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TypeAlias
 
 import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -55,6 +56,9 @@ PARTITIONS_EVERY_S = 86_400.0
 KEYS_EVERY_S = 3_600.0
 UPKEEP_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
+
+MakeLedger: TypeAlias = Callable[..., PostgresLedger]
+"""Takes what `PostgresLedger` takes."""
 
 _log = logging.getLogger(__name__)
 
@@ -108,8 +112,15 @@ async def open_service(settings: Settings) -> AsyncIterator[ExternalAgentService
 
 
 @asynccontextmanager
-async def open_installation(settings: Settings, database_url: str) -> AsyncIterator[Installation]:
-    """`open_service` on a database that is there already, with all that an operator or an API needs beside it."""
+async def open_installation(
+    settings: Settings, database_url: str, *, make_ledger: MakeLedger = PostgresLedger
+) -> AsyncIterator[Installation]:
+    """
+    `open_service` on a database that is there already, with all that an operator or an API needs beside it.
+
+    Args:
+        make_ledger: For a host that wants another lease, or a ledger with something around it.
+    """
     clock, ids = SystemClock(), SystemIds()
     key_ring = load_key_ring(settings)
     limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
@@ -117,7 +128,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
-    postgres_ledger = PostgresLedger(engine, ids.new_id(), endings=endings)
+    postgres_ledger = make_ledger(engine, ids.new_id(), endings=endings)
     ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
     authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
@@ -138,7 +149,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         catalog=discover_catalog(),
     )
     upkeep = (
-        partial(keep_up, ledger, clock),
+        partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s),
         partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
         partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
     )
@@ -167,11 +178,12 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         await endings.dispose()
 
 
-def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
+def create_asgi_app(settings: Settings | None = None, *, make_ledger: MakeLedger = PostgresLedger) -> AsgiApp:
     """
     The API, for any ASGI server: `gunicorn -k asgi 'external_agents.bootstrap:create_asgi_app()'`.
 
     It uses the database of the settings, or the embedded one of a running `serve`; it never starts one.
+    `make_ledger` is that of `open_installation`.
 
     Raises:
         ConfigurationError: The settings do not make a running service.
@@ -181,7 +193,8 @@ def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
-        async with open_installation(chosen, _running_database_url(chosen)) as installation:
+        database_url = _running_database_url(chosen)
+        async with open_installation(chosen, database_url, make_ledger=make_ledger) as installation:
             yield create_app(
                 installation.service,
                 readiness=installation.readiness,

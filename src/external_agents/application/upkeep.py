@@ -11,8 +11,8 @@ from external_agents.ports.system import Clock
 _log = logging.getLogger(__name__)
 
 
-async def keep_up(ledger: InvocationLedger, clock: Clock) -> None:
-    """Heartbeat and recovery every HEARTBEAT_S, until cancelled."""
+async def keep_up(ledger: InvocationLedger, clock: Clock, every_s: float = HEARTBEAT_S) -> None:
+    """Heartbeat and recovery every `every_s` seconds, until cancelled."""
     while True:
         try:
             await ledger.heartbeat()
@@ -20,4 +20,4 @@ async def keep_up(ledger: InvocationLedger, clock: Clock) -> None:
                 _log.warning("%d interrupted invocations ended as unknown", recovered)
         except Unavailable as outage:
             _log.warning("heartbeat and recovery wait: %s", outage)
-        await clock.sleep(HEARTBEAT_S)
+        await clock.sleep(every_s)

@@ -15,8 +15,7 @@ from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.domain.errors import Unavailable
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S
 
-LEASE = timedelta(seconds=LEASE_S)
-STALE_AFTER_S = 2 * HEARTBEAT_S
+STALE_AFTER_HEARTBEATS = 2
 """Whoever admits renews a lease of this age itself: a host need not run a heartbeat for single calls."""
 
 # A heartbeat after a failed one, or after the lease had run out, begins a new unbroken row of them.
@@ -75,8 +74,12 @@ class Instance:
     and one below the stored mark only by lowering the mark first.
     """
 
-    def __init__(self, engine: AsyncEngine, instance_id: UUID) -> None:
+    def __init__(
+        self, engine: AsyncEngine, instance_id: UUID, *, lease_s: float = LEASE_S, heartbeat_s: float = HEARTBEAT_S
+    ) -> None:
         self.id = instance_id
+        self.lease = timedelta(seconds=lease_s)
+        self.heartbeat_s = heartbeat_s
         self._engine = engine
         self._single = reading(engine)
         self._beating = asyncio.Lock()
@@ -123,7 +126,7 @@ class Instance:
         return (
             self._stored_mark is None
             or invocation_id < self._stored_mark
-            or time.monotonic() - self._beaten_at_s > STALE_AFTER_S
+            or time.monotonic() - self._beaten_at_s > STALE_AFTER_HEARTBEATS * self.heartbeat_s
         )
 
     async def _beat(self) -> None:
@@ -131,16 +134,16 @@ class Instance:
         unbroken = self._unbroken
         # Whatever interrupts this, cancellation too, leaves it unknown which mark is stored.
         self._unbroken, self._stored_mark = False, None
-        values = {"id": self.id, "lease": LEASE, "running_from": mark, "unbroken": unbroken}
+        values = {"id": self.id, "lease": self.lease, "running_from": mark, "unbroken": unbroken}
         with translate_errors():
             async with self._single.connect() as connection:
                 await connection.execute(_BEAT, values)
         self._unbroken, self._stored_mark, self._beaten_at_s = True, mark, time.monotonic()
 
 
-async def dead_instances(connection: AsyncConnection, judge: UUID) -> list[tuple[UUID, datetime]]:
+async def dead_instances(connection: AsyncConnection, judge: UUID, lease: timedelta) -> list[tuple[UUID, datetime]]:
     """Those whose lease had run out at that time; none when `judge` may not judge."""
-    found = await connection.execute(_DEAD, {"judge": judge, "lease": LEASE, "limit": DEAD_AT_ONCE})
+    found = await connection.execute(_DEAD, {"judge": judge, "lease": lease, "limit": DEAD_AT_ONCE})
     return [(row.id, row.now) for row in found]
 
 

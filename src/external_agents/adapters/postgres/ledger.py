@@ -22,7 +22,7 @@ from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.recovery import Recovery
 from external_agents.domain.errors import AdmissionInDoubt
 from external_agents.domain.invocation import ExternalAgentInvocation
-from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
+from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 from external_agents.ports.observability import BatchRecord
 
 
@@ -36,6 +36,8 @@ class PostgresLedger(InvocationLedger):
         shard_groups: 1 on a single PostgreSQL; the shard count where the tables are distributed by organisation. Each
             group of organisations has a queue of its own.
         observe: Told of every batch.
+        lease_s: How long an instance that is not heard of is taken to live: the same for all that share a database.
+        heartbeat_s: How often `heartbeat` and `recover` are to be called; a lease is several of it.
     """
 
     def __init__(
@@ -46,11 +48,14 @@ class PostgresLedger(InvocationLedger):
         endings: AsyncEngine | None = None,
         shard_groups: int = 1,
         observe: Callable[[BatchRecord], None] = lambda record: None,
+        lease_s: float = LEASE_S,
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
+        self.heartbeat_s = heartbeat_s
         self._endings = endings or engine
         self._reading = reading(engine)
         self._invocations = PostgresInvocations(engine)
-        self._instance = Instance(self._endings, instance_id)
+        self._instance = Instance(self._endings, instance_id, lease_s=lease_s, heartbeat_s=heartbeat_s)
         self._recovery = Recovery(self._endings, self._instance)
         self._shards = ShardGroups(engine, shard_groups)
         self._committers = [

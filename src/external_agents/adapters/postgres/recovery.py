@@ -33,7 +33,7 @@ class Recovery:
         """End as `unknown`, charged. Returns how many were ended."""
         ended = await self._end_doubtful()
         async with transaction(self._engine) as connection:
-            dead = await dead_instances(connection, self._instance.id)
+            dead = await dead_instances(connection, self._instance.id, self._instance.lease)
         for instance_id, now in dead:
             while True:
                 async with transaction(self._engine) as connection:

@@ -15,7 +15,7 @@ from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.adapters.postgres.recovery import Recovery
 from external_agents.domain.invocation import ExternalAgentInvocation
-from external_agents.ports.ledger import Admission, AdmissionRequest, Forecast, InvocationLedger
+from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 
 
 class PlainPostgresLedger(InvocationLedger):
@@ -25,13 +25,24 @@ class PlainPostgresLedger(InvocationLedger):
         instance_id: Of this process since its start; a new one for each start.
         endings: Other connections, for settlements, heartbeats and recovery, so that what has begun does not wait
             behind what wants to begin; `engine` by default.
+        lease_s: How long an instance that is not heard of is taken to live: the same for all that share a database.
+        heartbeat_s: How often `heartbeat` and `recover` are to be called; a lease is several of it.
     """
 
-    def __init__(self, engine: AsyncEngine, instance_id: UUID, *, endings: AsyncEngine | None = None) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        instance_id: UUID,
+        *,
+        endings: AsyncEngine | None = None,
+        lease_s: float = LEASE_S,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self.heartbeat_s = heartbeat_s
         self._engine = engine
         self._endings = endings or engine
         self._reading = reading(engine)
-        self._instance = Instance(self._endings, instance_id)
+        self._instance = Instance(self._endings, instance_id, lease_s=lease_s, heartbeat_s=heartbeat_s)
         self._recovery = Recovery(self._endings, self._instance)
         self._turnstile = Turnstile()
 
