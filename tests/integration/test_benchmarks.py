@@ -162,8 +162,10 @@ async def test_rows_that_were_filled_in_are_counted_and_what_is_off_is_found(pos
     url = dsn(postgres_url)
     with psycopg.connect(url, autocommit=True) as connection:
         indexes = connection.execute(_INDEXES).fetchall()
+        options = connection.execute(_OPTIONS).fetchall()
         since = await fill(url, estate, 2_000, tell=lambda line: None)
         assert connection.execute(_INDEXES).fetchall() == indexes
+        assert connection.execute(_OPTIONS).fetchall() == options
 
         assert count(url) == Counted(rows=2_000, unfinished=0, attempts=1_998, reserved=Decimal(0), accounts_off=0)
         assert count(url, since) == Counted(rows=0, unfinished=0, attempts=0, reserved=Decimal(0), accounts_off=0)
@@ -182,6 +184,7 @@ async def test_rows_that_were_filled_in_are_counted_and_what_is_off_is_found(pos
 _INDEXES = """
     SELECT indexdef FROM pg_indexes WHERE tablename LIKE 'external_agent_invocations%' ORDER BY tablename, indexdef
 """
+_OPTIONS = "SELECT relname, reloptions FROM pg_class WHERE relname LIKE 'external_agent_invocations%' ORDER BY relname"
 
 
 def _argv(pid: int) -> list[Any]:
