@@ -57,6 +57,8 @@ def _run(options: argparse.Namespace) -> int:
             outcomes[name] = CASES[name](bench)
             # After each, so that a run that is broken off has something to show.
             write_json(options.json, on, outcomes)
+            if outcomes[name].mismatches:
+                bench.keep_logs(options.json.with_suffix(".logs"))
     print(f"\n{table(outcomes)}\n")
     if note:
         print(f"{note}\n")

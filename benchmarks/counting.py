@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from uuid import UUID
 
 import attrs
@@ -47,7 +48,7 @@ class Counted:
     rows: int
     unfinished: int
     attempts: int
-    reserved: object
+    reserved: Decimal
     accounts_off: int
 
     def mismatches(self, expected: Expected) -> Iterator[str]:

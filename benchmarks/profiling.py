@@ -62,7 +62,9 @@ def summarised(folded: str) -> str:
     for line in folded.splitlines():
         stack, _, times = line.rpartition(" ")
         # Without the line numbers: a function is one entry.
-        frames = [re.sub(r":\d+\)$", ")", frame) for frame in stack.split(";")]
+        frames = [re.sub(r":\d+\)$", ")", frame) for frame in stack.split(";") if frame]
+        if not frames:
+            continue
         samples += int(times)
         own[frames[-1]] += int(times)
         for frame in set(frames):

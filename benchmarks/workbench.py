@@ -84,8 +84,7 @@ class Round:
             **({"what": self.what} if self.what else {}),
             "rate": round(self.rate, 1),
             "elapsed_s": round(self.elapsed_s, 3),
-            "p50_ms": percentile(self.latencies_ms, 50),
-            "p99_ms": percentile(self.latencies_ms, 99),
+            **{f"p{rank}_ms": percentile(self.latencies_ms, rank) for rank in (50, 99) if self.latencies_ms},
             "statuses": self.statuses,
             "cpu_us": self.cpu_us,
         }
@@ -135,7 +134,7 @@ class Variant:
         return cls(name=name, bench=bench, server=server, requests=requests, path=site.path, site=site)
 
     def warm_up(self, connections: int) -> None:
-        self._load(connections=connections, seconds=WARM_UP_S)
+        self._load(connections=connections, seconds=min(WARM_UP_S, self.bench.plan.seconds))
 
     def round(self, what: str = "", *, connections: int, **job: Any) -> Round:
         """One measured round; `job` is what the load generator takes beside."""
@@ -297,6 +296,12 @@ class Workbench:
             written = profiling.sample(variant.server.tree, self.plan.seconds * 0.8, folder, variant.name)
             variant.take(running)
             self.tell(f"  profile: {written}")
+
+    def keep_logs(self, folder: Path) -> None:
+        """What the services have said so far, for whoever looks for the reason of a mismatch."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for log in self.folder.glob("*.log"):
+            shutil.copy(log, folder)
 
     def checkpoint(self) -> None:
         """So that every case begins with the same work behind it."""

@@ -76,8 +76,10 @@ def row_size(bench: Workbench) -> Outcome:
 
 
 def _read(variant: Variant, what: str, requests: Sequence[str]) -> Finding:
+    """So many reads, or as many as fit into a round."""
     for count in (READS_BEFORE, READS):
-        running = variant.begin(connections=READERS, requests=requests, count=count)
+        seconds = variant.bench.plan.seconds
+        running = variant.begin(connections=READERS, requests=requests, count=count, seconds=seconds)
         done = variant.take(running, invokes=False)
     p50, p99 = (percentile(done.latencies_ms, per_cent) for per_cent in (50, 99))
     variant.bench.tell(f"  {what}: p50 {p50:.1f} ms, p99 {p99:.1f} ms")

@@ -75,17 +75,15 @@ def _missing_for_redis() -> str | None:
     return None
 
 
-def ratio(
-    case: str, what: str, ours: Sequence[Round], baseline: Sequence[Round], bound: Bound | None, note: str = ""
-) -> Finding:
-    """Of the medians of their rates."""
+def ratio(case: str, what: str, ours: Sequence[Round], baseline: Sequence[Round], bound: Bound | None) -> Finding:
+    """Of the medians of their rates. Where the baseline answered nothing in time, nothing was measured."""
     rate, baseline_rate = median_rate(ours), median_rate(baseline)
     return Finding(
         case=case,
         what=what,
         ours=f"{rate:,.0f}/s",
         baseline=f"{baseline_rate:,.0f}/s",
-        figure=rate / baseline_rate,
+        figure=rate / baseline_rate if baseline_rate else None,
         bound=bound,
-        note=note,
+        note="" if baseline_rate else "the baseline answered nothing within its rounds",
     )
