@@ -35,13 +35,15 @@ from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
-from external_agents.adapters.telemetry import StructlogObservability, configure_logging
+from external_agents.adapters.telemetry import FanOut, StructlogObservability, configure_logging
+from external_agents.adapters.telemetry.prometheus import PrometheusObservability
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.errors import ConfigurationError, Unavailable
 from external_agents.ports.identity import Authenticator
+from external_agents.ports.observability import ObservabilityManager
 from external_agents.settings import Settings, variable_of
 
 AUTH_SCHEMES_GROUP = "external_agents.auth_schemes"
@@ -97,9 +99,17 @@ async def open_service(settings: Settings) -> AsyncIterator[ExternalAgentService
 
 
 @asynccontextmanager
-async def open_installation(settings: Settings, database_url: str) -> AsyncIterator[Installation]:
-    """`open_service` on a database that is there already, with all that an operator or an API needs beside it."""
+async def open_installation(
+    settings: Settings, database_url: str, *observers: ObservabilityManager
+) -> AsyncIterator[Installation]:
+    """
+    `open_service` on a database that is there already, with all that an operator or an API needs beside it.
+
+    Args:
+        observers: Get every record, beside the log.
+    """
     clock, ids = SystemClock(), SystemIds()
+    observability = FanOut(StructlogObservability(), *observers)
     key_ring = load_key_ring(settings)
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
@@ -116,7 +126,7 @@ async def open_installation(settings: Settings, database_url: str) -> AsyncItera
         policy=CedarPolicyDecisionPoint(CedarPolicies.load(settings.policy_dir)),
         transport=transport,
         secret_box=AesGcmSecretBox(key_ring),
-        observability=StructlogObservability(),
+        observability=observability,
         url_rules=settings.egress_policy,
         clock=clock,
         ids=ids,
@@ -159,13 +169,17 @@ def create_asgi_app(settings: Settings | None = None) -> AsgiApp:
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
-        async with open_installation(chosen, _running_database_url(chosen)) as installation:
-            yield create_app(
-                installation.service,
-                readiness=installation.readiness,
-                body_limit_bytes=chosen.max_body_bytes,
-                log_context=bound_contextvars,
-            )
+        metrics = PrometheusObservability()
+        with metrics.counting_errors():
+            async with open_installation(chosen, _running_database_url(chosen), metrics) as installation:
+                yield create_app(
+                    installation.service,
+                    readiness=installation.readiness,
+                    body_limit_bytes=chosen.max_body_bytes,
+                    log_context=bound_contextvars,
+                    metrics=metrics.exposition,
+                    on_request=metrics.request,
+                )
 
     return LifespanApp(opened)
 
