@@ -4,8 +4,8 @@ Fills the generated parts of the documents: what stands between `<!-- generated:
     python docs/generate.py          writes them
     python docs/generate.py --check  writes nothing, names the documents that are not up to date, and exits 1
 
-It reads the domain's schemas, the API's description, the tables, the settings and the command line, so it needs
-everything installed (`.[serve]`).
+It reads the domain's schemas, the API's description, the tables, the settings, the metrics and the command line, so it
+needs everything installed (`.[serve]`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import external_agents
 from external_agents.adapters.postgres.tables import metadata
 from external_agents.adapters.rest.errors import KINDS
 from external_agents.adapters.rest.openapi import openapi_document
+from external_agents.adapters.telemetry.metrics import METRICS, Metric
 from external_agents.cli.app import app
 from external_agents.domain import retry
 from external_agents.domain.auth import EVERYTHING
@@ -462,6 +463,28 @@ def _option(option: Any, hints: Mapping[str, Any]) -> tuple[str, str, str]:
     return " ".join(code(name + metavar) for name in option.opts), default, option.help or ""
 
 
+# Metrics.
+
+
+def metrics(_: str) -> str:
+    return table(
+        ("metric", "type", "meaning", "labels"),
+        [(code(metric.name), metric.kind, _meaning(metric), "; ".join(_labels(metric))) for metric in METRICS],
+    )
+
+
+def _meaning(metric: Metric) -> str:
+    buckets = ", ".join(f"{bound:g}" for bound in metric.buckets)
+    return f"{metric.meaning} Buckets: {buckets}." if buckets else metric.meaning
+
+
+def _labels(metric: Metric) -> Iterator[str]:
+    """Each with its values, or what is told of them."""
+    for place, name in enumerate(metric.labels):
+        known = dict.fromkeys(code(values[place]) for values in metric.series)
+        yield f"{code(name)}: {' '.join(known) or metric.told[place]}"
+
+
 # The layout.
 
 _UNSAID = {
@@ -523,6 +546,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "settings": settings,
     "commands": commands,
     "command": command,
+    "metrics": metrics,
     "layout": layout,
 }
 

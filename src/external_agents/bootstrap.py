@@ -38,7 +38,8 @@ from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
-from external_agents.adapters.telemetry import StructlogObservability, configure_logging
+from external_agents.adapters.telemetry import FanOut, StructlogObservability, configure_logging
+from external_agents.adapters.telemetry.prometheus import PrometheusObservability
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.application.limited_ledger import LimitedLedger
 from external_agents.application.service import ExternalAgentService
@@ -46,12 +47,14 @@ from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
 from external_agents.domain.errors import ConfigurationError, Unavailable
 from external_agents.ports.identity import Authenticator
+from external_agents.ports.observability import ObservabilityManager
 from external_agents.settings import Settings, variable_of
 
 AUTH_SCHEMES_GROUP = "external_agents.auth_schemes"
 PLATFORMS_GROUP = "external_agents.platforms"
 ENDINGS_POOL_SIZE = 4
 ENDINGS_POOL_WAIT_S = 30.0
+SHARED_CONNECTIONS_MAX = 16
 PARTITIONS_EVERY_S = 86_400.0
 KEYS_EVERY_S = 3_600.0
 UPKEEP_AGAIN_S = 60.0
@@ -113,22 +116,28 @@ async def open_service(settings: Settings) -> AsyncIterator[ExternalAgentService
 
 @asynccontextmanager
 async def open_installation(
-    settings: Settings, database_url: str, *, make_ledger: MakeLedger = PostgresLedger
+    settings: Settings, database_url: str, *observers: ObservabilityManager, make_ledger: MakeLedger = PostgresLedger
 ) -> AsyncIterator[Installation]:
     """
     `open_service` on a database that is there already, with all that an operator or an API needs beside it.
 
     Args:
+        observers: Get every record, beside the log.
         make_ledger: For a host that wants another lease, or a ledger with something around it.
     """
     clock, ids = SystemClock(), SystemIds()
+    observability = FanOut(StructlogObservability(), *observers)
     key_ring = load_key_ring(settings)
     limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
     redis = None if settings.redis_url is None else RedisCheck(redis_connection(settings.redis_url))
     engine = create_engine(database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
-    endings = create_engine(database_url, pool_size=ENDINGS_POOL_SIZE, pool_wait_s=ENDINGS_POOL_WAIT_S)
-    postgres_ledger = make_ledger(engine, ids.new_id(), endings=endings)
+    # One connection a group of shards, and as many as ever for what does not go in groups.
+    endings_size = ENDINGS_POOL_SIZE + min(settings.shard_groups, SHARED_CONNECTIONS_MAX) - 1
+    endings = create_engine(database_url, pool_size=endings_size, pool_wait_s=ENDINGS_POOL_WAIT_S)
+    postgres_ledger = make_ledger(
+        engine, ids.new_id(), endings=endings, shard_groups=settings.shard_groups, observe=observability
+    )
     ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
     authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
@@ -141,7 +150,7 @@ async def open_installation(
         policy=CedarPolicyDecisionPoint(CedarPolicies.load(settings.policy_dir)),
         transport=transport,
         secret_box=AesGcmSecretBox(key_ring),
-        observability=StructlogObservability(),
+        observability=observability,
         url_rules=settings.egress_policy,
         clock=clock,
         ids=ids,
@@ -193,14 +202,18 @@ def create_asgi_app(settings: Settings | None = None, *, make_ledger: MakeLedger
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
+        metrics = PrometheusObservability()
         database_url = _running_database_url(chosen)
-        async with open_installation(chosen, database_url, make_ledger=make_ledger) as installation:
-            yield create_app(
-                installation.service,
-                readiness=installation.readiness,
-                body_limit_bytes=chosen.max_body_bytes,
-                log_context=bound_contextvars,
-            )
+        with metrics.counting_errors():
+            async with open_installation(chosen, database_url, metrics, make_ledger=make_ledger) as installation:
+                yield create_app(
+                    installation.service,
+                    readiness=installation.readiness,
+                    body_limit_bytes=chosen.max_body_bytes,
+                    log_context=bound_contextvars,
+                    metrics=metrics.exposition,
+                    on_request=metrics.request,
+                )
 
     return LifespanApp(opened)
 

@@ -19,6 +19,7 @@ PREFIX = "EXTERNAL_AGENTS"
 LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MAX_BODY_BYTES_BOUNDS = (1_024, 268_435_456)
+SHARD_GROUPS_MAX = 4_096
 
 
 def _database_url(url: str | None) -> str | None:
@@ -85,6 +86,7 @@ class Settings:
         max_body_bytes: The largest request body, and the largest answer taken from an agent.
         log_format: `console` or `json`; None: console on a terminal, else json.
         redis_url: None: rate limits live in the database.
+        shard_groups: 1 on a single PostgreSQL; the shard count where the tables are distributed by organisation.
         policy_dir: None: the packaged Cedar policies alone.
     """
 
@@ -101,6 +103,9 @@ class Settings:
     log_format: str | None = environ.var(None, converter=partial(_choice, choices=LOG_FORMATS), help="console or json")
     log_level: str = environ.var("info", converter=partial(_choice, choices=LOG_LEVELS), help="debug … critical")
     redis_url: str | None = environ.var(None, converter=_redis_url, help="a Redis that keeps the rate limits")
+    shard_groups: int = environ.var(
+        "1", converter=partial(_bounded, minimum=1, maximum=SHARD_GROUPS_MAX), help="shards of a distributed database"
+    )
     policy_dir: Path | None = environ.var(None, converter=_path, help="a folder of *.cedar files")
 
     @classmethod

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -36,6 +37,18 @@ for line in sys.stdin:
         observability(admission)
         observability(BatchRecord(admissions=1, settlements=0, waiting=2, duration_s=0.5))
     print("done", flush=True)
+"""
+
+
+APP = """
+from prometheus_client import Counter
+
+Counter("external_agents_started", "Workers.", registry=None).inc()
+
+
+def app(environ, start_response):
+    start_response("204 No Content", [])
+    return []
 """
 
 
@@ -190,6 +203,27 @@ class TestTheHookOfGunicorn:
         one.kill()
         child_exit(None, SimpleNamespace(pid=one.pid))
         assert not list(tmp_path.glob(f"*_{one.pid}.db"))
+
+    def test_gunicorn_takes_it_from_the_module(self, tmp_path: Path) -> None:
+        (tmp_path / "counting.py").write_text(APP)
+        figures = tmp_path / "figures"
+        figures.mkdir()
+        command = [sys.executable, "-m", "gunicorn", "-c", "python:external_agents.adapters.telemetry.worker_files"]
+        command += ["--no-control-socket", "-b", f"unix:{tmp_path}/socket", "-w", "2", "counting:app"]
+        log = (tmp_path / "log").open("wb")
+        server = subprocess.Popen(command, cwd=tmp_path, stderr=log, env={**os.environ, FOLDER_VARIABLE: str(figures)})
+        try:
+            eventually(lambda: len(list(figures.glob("counter_*.db"))) == 2, 20)
+            assert read(figures)["started_total"] == 2
+            [victim, _] = psutil.Process(server.pid).children()
+            victim.kill()
+            eventually(lambda: read(figures)["started_total"] == 3, 20)
+            assert not list(figures.glob(f"*_{victim.pid}.db"))
+            assert (figures / "counter_ended.db").exists()
+        finally:
+            server.terminate()
+            server.wait(20)
+            log.close()
 
     def test_what_fails_does_not_end_the_master(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

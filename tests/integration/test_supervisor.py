@@ -8,6 +8,7 @@ import resource
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import psycopg
 import pytest
 
 from external_agents.adapters.postgres.embedded import attached, running_url
+from external_agents.supervisor.metrics_folder import PREFIX, metrics_folder
 
 GONE_WITHIN_S = 30.0
 LONGEST_S = 120.0
@@ -205,8 +207,9 @@ class Serve:
 
 
 @pytest.fixture(autouse=True)
-def socket_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def socket_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where sockets lie; killed owners leave empty folders behind."""
+    tmp_path_factory.getbasetemp()  # It must not come to lie in there, where it would last for one test.
     with tempfile.TemporaryDirectory(prefix="ea-", dir="/tmp") as folder:
         Path(folder).chmod(0o1777)
         monkeypatch.setenv("TMPDIR", folder)
@@ -424,6 +427,50 @@ class TestServing:
         one.process.terminate()
         assert one.ended() == 0
         assert list(somewhere.iterdir()) == []
+
+
+class TestTheFolderOfMetrics:
+    def test_it_is_private_and_ends_with_it(self, serve: Callable[..., Serve]) -> None:
+        one = serve(database_url="none").up()
+        folder = metrics_folder_of(one)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        one.process.terminate()
+        assert one.ended() == 0
+        assert not folder.exists()
+
+    def test_that_of_a_killed_one_goes_with_the_next_that_of_a_living_one_stays(
+        self, serve: Callable[..., Serve]
+    ) -> None:
+        killed, living = serve(database_url="none").up(), serve(database_url="none").up()
+        left, kept = metrics_folder_of(killed), metrics_folder_of(living)
+        killed.process.kill()
+        eventually(lambda: not any(map(alive, killed.pids)))
+        assert left.exists()
+        following = serve(database_url="none").up()
+        assert not left.exists()
+        assert kept.exists()
+        assert metrics_folder_of(following) not in {left, kept}
+
+    def test_without_room_in_memory_it_is_elsewhere(self, tmp_path: Path) -> None:
+        with metrics_folder(tmp_path / "no memory") as folder:
+            assert folder.parent == Path(tempfile.gettempdir())
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert not folder.exists()
+
+    def test_what_others_have_made_is_left_alone(self, tmp_path: Path) -> None:
+        strange = [tmp_path / f"{PREFIX}file", tmp_path / f"{PREFIX}link"]
+        strange[0].touch()
+        strange[1].symlink_to(tmp_path)
+        (tmp_path / f"{PREFIX}left" / "more").mkdir(parents=True)
+        with metrics_folder(tmp_path) as folder:
+            assert set(tmp_path.iterdir()) == {folder, *strange}
+        assert set(tmp_path.iterdir()) == set(strange)
+
+
+def metrics_folder_of(one: Serve) -> Path:
+    environment = Path(f"/proc/{children(one.gunicorn)[0]}/environ").read_bytes().split(b"\0")
+    [folder] = [line.partition(b"=")[2] for line in environment if line.startswith(b"PROMETHEUS_MULTIPROC_DIR=")]
+    return Path(os.fsdecode(folder))
 
 
 def established(sockets: list[socket.socket]) -> None:

@@ -179,7 +179,11 @@ class Budgets(RuleBasedStateMachine):
     @rule(data=st.data(), cost=st.none() | small_amounts, ending=st.sampled_from(["answer", "failure", "timeout"]))
     def settle(self, data: st.DataObject, cost: Decimal | None, ending: str) -> None:
         booking = data.draw(st.sampled_from([booking for booking in self.bookings if booking.open]))
-        outcome = {"answer": costing(None if cost is None else f"{cost:f}"), "failure": refused(), "timeout": timed_out()}[ending]
+        outcome = {
+            "answer": costing(None if cost is None else f"{cost:f}"),
+            "failure": refused(),
+            "timeout": timed_out(),
+        }[ending]
         self.run(booking.instance.settle(conclude(booking.invocation, outcome, currency=booking.currency)))
         if ending == "answer" and cost is not None:
             self.close(booking, Fraction(cost))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from external_agents.adapters.postgres.embedded import owned, shared
 from external_agents.supervisor.gunicorn import ServeError, Serving, bound, started
+from external_agents.supervisor.metrics_folder import metrics_folder
 from external_agents.supervisor.signals import Interrupted, Signals
 from external_agents.supervisor.watch import Watch
 
@@ -65,7 +66,8 @@ def supervise(
                 if server is not None:
                     assert home is not None
                     stack.enter_context(shared(home, server))
-                gunicorn = stack.enter_context(started(serving, listener, events))
+                metrics = stack.enter_context(metrics_folder())
+                gunicorn = stack.enter_context(started(serving, listener, metrics, events))
                 watch = Watch(gunicorn, server, events, tell)
                 host, port = listener.getsockname()[:2]
                 listener.close()  # gunicorn has it now, and stops listening when it drains

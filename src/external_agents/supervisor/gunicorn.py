@@ -16,6 +16,7 @@ import attrs
 
 from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.rest.gunicorn_server import APP, BACKLOG, GunicornOptions
+from external_agents.adapters.telemetry.worker_files import FOLDER_VARIABLE, child_exit
 from external_agents.domain.errors import ExternalAgentsError
 
 GRACEFUL_TIMEOUT_S = 135
@@ -62,11 +63,23 @@ def bound(serving: Serving) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def started(serving: Serving, listener: socket.socket, events: queue.SimpleQueue[str]) -> Iterator[ChildProcess]:
+def started(
+    serving: Serving, listener: socket.socket, metrics: Path, events: queue.SimpleQueue[str]
+) -> Iterator[ChildProcess]:
+    """`metrics` is the workers' folder for them."""
     options = GunicornOptions(
-        listener_fd=listener.fileno(), workers=serving.workers, graceful_timeout_s=GRACEFUL_TIMEOUT_S, app=serving.app
+        listener_fd=listener.fileno(),
+        workers=serving.workers,
+        graceful_timeout_s=GRACEFUL_TIMEOUT_S,
+        app=serving.app,
+        child_exit=f"{child_exit.__module__}:{child_exit.__name__}",
     )
-    launch = Launch(argv=options.command(), death_signal=signal.SIGKILL, inherited_fds=(listener.fileno(),))
+    launch = Launch(
+        argv=options.command(),
+        death_signal=signal.SIGKILL,
+        inherited_fds=(listener.fileno(),),
+        env={**os.environ, FOLDER_VARIABLE: str(metrics)},
+    )
     child = ChildProcess(launch, on_end=lambda: events.put("ended"))
     try:
         yield child

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import attrs
@@ -31,12 +32,20 @@ MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108
 
 @attrs.frozen(kw_only=True)
 class GunicornOptions:
-    """`listener_fd` is an inherited socket that already listens; `app` is what gunicorn's command line takes."""
+    """
+    What of it can be chosen.
+
+    Attributes:
+        listener_fd: An inherited socket that already listens.
+        app: What gunicorn's command line takes.
+        child_exit: `module:name` of gunicorn's hook, called in its master when a worker has ended; None: nothing is.
+    """
 
     listener_fd: int
     workers: int
     graceful_timeout_s: int
     app: str = APP
+    child_exit: str | None = None
 
     def command(self) -> list[str]:
         return [sys.executable, "-P", "-m", __name__, json.dumps(attrs.asdict(self))]
@@ -61,6 +70,8 @@ class GunicornServer(BaseApplication):  # type: ignore[misc]
             "worker_tmp_dir": str(MEMORY_FOLDER) if os.access(MEMORY_FOLDER, os.W_OK) else None,
             "proc_name": "external-agents",
         }
+        if self._options.child_exit:
+            settings["child_exit"] = resolve_name(self._options.child_exit)
         for name, value in settings.items():
             self.cfg.set(name, value)
 

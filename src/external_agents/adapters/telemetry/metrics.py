@@ -51,7 +51,7 @@ class Metric:
         labels: The names of its labels.
         series: The values of the labels, of all series that are there from the start; others appear with their first
             event.
-        told: The values in words, where `series` does not have them.
+        told: The values of each label in words, where `series` does not have them.
         buckets: Upper bounds, inclusive, of a histogram's.
     """
 
@@ -60,7 +60,7 @@ class Metric:
     meaning: str
     labels: tuple[str, ...] = ()
     series: tuple[Values, ...] = ()
-    told: str = ""
+    told: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
 
@@ -68,21 +68,22 @@ def _one_each(*values: str) -> tuple[Values, ...]:
     return tuple((value,) for value in values)
 
 
-_REQUEST = "the method, or `other` for one that the route does not have; the route's template, or `other` for no route"
+_METHOD = "the method, or `other`: one that the route does not have"
+_ROUTE = "the route's template, or `other`: none"
 
 REQUESTS = Metric(
     name="external_agents_http_requests_total",
     kind="counter",
     meaning="Requests to the API.",
     labels=("method", "route", "status"),
-    told=f"{_REQUEST}; the status answered, or `none` where the caller left before",
+    told=(_METHOD, _ROUTE, "the status of the answer, or `none`: the caller left before it"),
 )
 REQUEST_DURATION = Metric(
     name="external_agents_http_request_duration_seconds",
     kind="histogram",
     meaning="From the arrival of a request's head to the beginning of its answer.",
     labels=("method", "route"),
-    told=_REQUEST,
+    told=(_METHOD, _ROUTE),
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
 ADMISSIONS = Metric(
