@@ -82,9 +82,7 @@ async def test_a_server_that_does_not_tell_its_settings(tmp_path: Path) -> None:
     """As managed ones do: no fault, but a word to the operator."""
     with running_redis() as server:
         with server.client() as client:
-            client.acl_setuser(
-                "managed", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+@all", "-config"]
-            )
+            client.execute_command("ACL SETUSER", "managed", "on", ">s3cret", "~*", "+@all", "-config")
         url = server.url.replace("unix://", "unix://managed:s3cret@")
         assert await look(url) == RedisReadiness(unverified=("appendfsync",))
         status, line = await asyncio.to_thread(checked, server, tmp_path, url)
@@ -95,9 +93,7 @@ async def test_a_server_that_does_not_tell_its_settings(tmp_path: Path) -> None:
 async def test_an_account_that_may_not_run_scripts() -> None:
     with running_redis() as server:
         with server.client() as client:
-            client.acl_setuser(
-                "poor", enabled=True, passwords=["+s3cret"], keys=["*"], commands=["+@all", "-@scripting"]
-            )
+            client.execute_command("ACL SETUSER", "poor", "on", ">s3cret", "~*", "+@all", "-@scripting")
         [fault] = (await look(server.url.replace("unix://", "unix://poor:s3cret@"))).faults
     assert "EVALSHA" in fault
 
@@ -106,8 +102,8 @@ async def test_the_account_that_the_documents_describe() -> None:
     commands = ["+eval", "+evalsha", "+get", "+set", "+time", "+info", "+config|get"]
     with running_redis() as server:
         with server.client() as client:
-            client.acl_setuser("least", enabled=True, passwords=["+s3cret"], keys=["external-agents:rate:*"])
-            client.execute_command("ACL SETUSER", "least", *commands)
+            keys = "~external-agents:rate:*"
+            client.execute_command("ACL SETUSER", "least", "on", ">s3cret", keys, *commands)
         url = server.url.replace("unix://", "unix://least:s3cret@")
         assert await look(url) == RedisReadiness()
         assert await admitted(url) == 20

@@ -66,7 +66,7 @@ class RedisConnection:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await self._exchange(commands)
         except (RedisError, OSError, TimeoutError) as error:
-            await self.aclose()
+            await self.aclose()  # What is left of its answers must not be taken for another call's.
             raise Unavailable(WHAT) from error
         except BaseException:
             await self.aclose()
