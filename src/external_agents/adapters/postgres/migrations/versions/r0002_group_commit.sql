@@ -162,9 +162,10 @@ BEGIN
 
     IF admits THEN
         moment := clock_timestamp();
-        minute_now := floor(extract(epoch FROM moment) * 50 / 60);
-        hour_now := floor(extract(epoch FROM moment) * 50 / 3600);
-        day_now := floor(extract(epoch FROM moment) * 50 / 86400);
+        -- div() is exact; a quotient is rounded before floor() sees it.
+        minute_now := div(extract(epoch FROM moment) * 50, 60);
+        hour_now := div(extract(epoch FROM moment) * 50, 3600);
+        day_now := div(extract(epoch FROM moment) * 50, 86400);
 
         FOR a IN
             SELECT * FROM unnest(a_group, a_key, a_request_hash) WITH ORDINALITY AS element (g, key, request_hash, n)
