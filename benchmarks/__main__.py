@@ -52,17 +52,16 @@ def _run(options: argparse.Namespace) -> int:
         if note:
             on["note"] = note
             _tell(f"\n{note}")
-        for name in options.cases:
-            _tell(f"\n{name}: {_summary(name)}")
-            outcomes[name] = CASES[name](bench)
-            # After each, so that a run that is broken off has something to show.
-            write_json(options.json, on, outcomes)
-            if outcomes[name].mismatches:
-                bench.keep_logs(options.json.with_suffix(".logs"))
-    print(f"\n{table(outcomes)}\n")
-    if note:
-        print(f"{note}\n")
-    print(f"Details: {options.json}")
+        try:
+            for name in options.cases:
+                _tell(f"\n{name}: {_summary(name)}")
+                outcomes[name] = CASES[name](bench)
+                write_json(options.json, on, outcomes)
+                if outcomes[name].mismatches:
+                    bench.keep_logs(options.json.with_suffix(".logs"))
+        finally:
+            # A run that is broken off shows what it has.
+            print(f"\n{table(outcomes)}\n\n{note or ''}\nDetails: {options.json}")
     return 0 if succeeded(list(outcomes.values())) else 1
 
 

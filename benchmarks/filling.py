@@ -39,7 +39,7 @@ _FILL = sql.SQL(
     INSERT INTO {partition} (
         org_id, id, external_agent_id, initiated_by, status, request_payload, response_payload, response_status,
         attempts, execution_time_ms, error_code, error_message, reservation_amount, reservation_currency,
-        cost_amount, cost_currency, cost_overrun, trace_id, created_at, completed_at, instance_id
+        cost_amount, cost_currency, cost_overrun, trace_id, created_at, completed_at, instance_id, ended
     )
     SELECT
         agent.org_id,
@@ -65,7 +65,8 @@ _FILL = sql.SQL(
         noise,
         at,
         at + interval '121 ms',
-        %(instance_id)s
+        %(instance_id)s,
+        true
     FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS number
     CROSS JOIN LATERAL (
         SELECT md5(number::text) AS noise, (%(from_ms)s + number * %(span_ms)s::float8 / %(rows)s)::bigint AS ms

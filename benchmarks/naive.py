@@ -3,14 +3,16 @@ The same guarantees row by row: the whole service, and every step a transaction 
 
     gunicorn … 'benchmarks.naive:create_asgi_app()'
 
-The wiring is the first version's, kept here, so that what is later done for speed elsewhere does not move the baseline.
+The wiring is the first version's, so that what is later done for speed elsewhere does not move the baseline: API keys
+are read at every call. What the service itself remembers of agents, it remembers here too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from structlog.contextvars import bound_contextvars
 
@@ -31,7 +33,19 @@ from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.bootstrap import ENDINGS_POOL_SIZE, ENDINGS_POOL_WAIT_S, load_key_ring
+from external_agents.domain.access import Principal
+from external_agents.ports.identity import Authenticator
 from external_agents.settings import Settings
+
+
+class _ForgetfulAuthenticator(Authenticator):
+    """Another authenticator for each call."""
+
+    def __init__(self, make: Callable[[], Authenticator]) -> None:
+        self._make = make
+
+    async def authenticate(self, bearer_token: str) -> Principal:
+        return await self._make().authenticate(bearer_token)
 
 
 def create_asgi_app() -> AsgiApp:
@@ -68,7 +82,9 @@ async def _service(settings: Settings) -> AsyncIterator[ExternalAgentService]:
         url_rules=settings.egress_policy,
         clock=clock,
         ids=ids,
-        authenticator=ApiKeyAuthenticator(store=PostgresApiKeys(engine), key_ring=key_ring, clock=clock),
+        authenticator=_ForgetfulAuthenticator(
+            partial(ApiKeyAuthenticator, store=PostgresApiKeys(engine), key_ring=key_ring, clock=clock)
+        ),
     )
     upkeep = asyncio.create_task(keep_up(ledger, clock))
     try:
