@@ -16,11 +16,12 @@ $$;
 --
 -- s_*: invocations that have ended, one element each.
 -- g_*: groups of admissions of one agent, each agent version with one kind at most once. kind: 0 its limits are counted
---      here, 1 a place was taken elsewhere, 2 a place was refused elsewhere.
+--      here, 1 a place was taken elsewhere, 2 a place was refused elsewhere. Of 0 and 1 an agent version has one only:
+--      each group is decided on the state before the batch.
 -- a_*: invocations to be admitted; a_group is the index of its group, a_key is null where it has no idempotency key.
 -- month: of the admissions, first day. orgs: every organisation that the batch touches.
 --
--- settled: those of s_id that were running.
+-- settled: which of s_id were running, by their place there, from 1; of two that are the same invocation, one.
 -- g_state: 0 some may have been admitted, else why none was: 1 not found, 2 stale version, 3 inactive.
 -- g_admitted: how many of the group were admitted: the first ones that no earlier invocation answers for.
 -- g_refusal: why the others were not: 6 rate limited, 7 over budget.
@@ -40,7 +41,7 @@ CREATE FUNCTION external_agents_commit(
     g_org_id text[], g_agent_id uuid[], g_version integer[], g_kind smallint[], g_wanted integer[],
     a_group integer[], a_id uuid[], a_initiated_by text[], a_request_payload text[], a_trace_id text[],
     a_lineage_hop_id text[], a_created_at timestamptz[], a_key text[], a_request_hash bytea[],
-    OUT settled uuid[], OUT has_lease boolean, OUT moment timestamptz, OUT g_state smallint[], OUT g_admitted integer[],
+    OUT settled bigint[], OUT has_lease boolean, OUT moment timestamptz, OUT g_state smallint[], OUT g_admitted integer[],
     OUT g_refusal smallint[], OUT g_heads bigint[], OUT g_counts integer[],
     OUT i_item bigint[], OUT i_state smallint[], OUT i_invocation_id uuid[]
 )
@@ -148,12 +149,12 @@ BEGIN
                 cost_overrun = s.cost_overrun, completed_at = s.completed_at
             FROM unnest(s_org_id, s_id, s_status, s_response_payload, s_response_status, s_attempts,
                 s_execution_time_ms, s_error_code, s_error_message, s_cost_amount, s_cost_currency, s_cost_overrun,
-                s_completed_at)
+                s_completed_at) WITH ORDINALITY
                 AS s (org_id, id, status, response_payload, response_status, attempts, execution_time_ms, error_code,
-                error_message, cost_amount, cost_currency, cost_overrun, completed_at)
+                error_message, cost_amount, cost_currency, cost_overrun, completed_at, n)
             WHERE this.org_id = ANY (orgs) AND this.id BETWEEN first_id AND last_id
                 AND this.org_id = s.org_id AND this.id = s.id AND this.status = 'running'
-            RETURNING this.id, this.org_id, this.external_agent_id AS agent_id,
+            RETURNING s.n, this.org_id, this.external_agent_id AS agent_id,
                 date_trunc('month', this.created_at AT TIME ZONE 'UTC')::date AS month, this.reservation_amount,
                 this.reservation_currency, this.cost_amount, this.cost_currency
         ), change AS (
@@ -178,7 +179,7 @@ BEGIN
                 AND account.month = change.month
             RETURNING 1
         )
-        SELECT (SELECT array_agg(ended.id) FROM ended),
+        SELECT (SELECT array_agg(ended.n) FROM ended),
             (SELECT count(*) FROM booking) = (SELECT count(*) FROM change)
         INTO settled, booked;
         IF NOT booked THEN
@@ -191,9 +192,10 @@ BEGIN
     END IF;
     moment := clock_timestamp();
     epoch := extract(epoch FROM moment);
-    minute_now := floor(epoch * 50 / 60);
-    hour_now := floor(epoch * 50 / 3600);
-    day_now := floor(epoch * 50 / 86400);
+    -- div() is exact; a quotient is rounded before floor() sees it.
+    minute_now := div(epoch * 50, 60);
+    hour_now := div(epoch * 50, 3600);
+    day_now := div(epoch * 50, 86400);
 
     IF cardinality(a_key) > 0 THEN
         SELECT array_agg(a.n), array_agg(
@@ -211,7 +213,7 @@ BEGIN
 
     FOR one IN
         SELECT g.n, g.org_id, g.agent_id, g.kind, g.wanted,
-            CASE WHEN agent.status IS NULL OR agent.status = 'deleted' THEN 1 WHEN agent.version <> g.version THEN 2
+            CASE WHEN agent.status IS NULL OR agent.status = 'deleted' OR held.org_id IS NULL THEN 1 WHEN agent.version <> g.version THEN 2
                 WHEN agent.status <> 'active' THEN 3 ELSE 0 END AS state,
             (agent.rate_limit_config ->> 'requests_per_minute')::numeric AS minute_limit,
             (agent.rate_limit_config ->> 'requests_per_hour')::numeric AS hour_limit,
@@ -271,7 +273,7 @@ BEGIN
                 WHEN one.cap IS NULL THEN NULL
                 WHEN one.amount IS NULL THEN CASE WHEN one.committed < one.cap THEN NULL ELSE 0 END
                 WHEN one.amount = 0 THEN CASE WHEN one.committed <= one.cap THEN NULL ELSE 0 END
-                ELSE greatest(0, floor((one.cap - one.committed) / one.amount))
+                ELSE greatest(0, div(one.cap - one.committed, one.amount))
             END;
             admitted := greatest(0, least(wanted, room, affordable));
             IF admitted < wanted THEN
