@@ -88,9 +88,9 @@ async def test_work_goes_on_after_connections_were_killed(
     await postgres_agents.create(agent)
     await asyncio.gather(*(postgres_ledger.admit(make_request(agent)) for _ in range(10)))
     end_connections(postgres_url)
-    with pytest.raises(Unavailable):
-        await postgres_agents.read(agent.org_id, agent.id)
+    # Nobody is told: that the server has closed an idle connection is found out before anything is sent.
     assert await postgres_agents.read(agent.org_id, agent.id) == agent
+    end_connections(postgres_url)
     await asyncio.gather(*(postgres_ledger.admit(make_request(agent)) for _ in range(10)))
 
 

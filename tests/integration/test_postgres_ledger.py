@@ -17,6 +17,7 @@ import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from books import assert_books_balance
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
@@ -163,30 +164,6 @@ async def test_mixed_work_neither_deadlocks_nor_loses_money(
             "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
         ).fetchone() == (0,)
     await assert_books_balance(postgres_url)
-
-
-async def assert_books_balance(url: str) -> None:
-    """Every account equals the sums over the rows of its agent, currency and month."""
-    rows = "FROM external_agent_invocations GROUP BY org_id, external_agent_id, currency, month"
-    month = "date_trunc('month', created_at AT TIME ZONE 'UTC')::date AS month"
-    async with await psycopg.AsyncConnection.connect(dsn(url)) as connection:
-        differences = await connection.execute(
-            f"""
-            SELECT * FROM external_agent_budgets
-            FULL JOIN (
-                SELECT org_id, external_agent_id AS agent_id, cost_currency AS currency, {month},
-                    sum(cost_amount) AS spent {rows}
-            ) AS charged USING (org_id, agent_id, currency, month)
-            FULL JOIN (
-                SELECT org_id, external_agent_id AS agent_id, reservation_currency AS currency, {month},
-                    sum(reservation_amount) FILTER (WHERE status = 'running') AS reserved {rows}
-            ) AS held USING (org_id, agent_id, currency, month)
-            WHERE currency IS NOT NULL
-                AND (external_agent_budgets.spent IS DISTINCT FROM coalesce(charged.spent, 0)
-                OR external_agent_budgets.reserved IS DISTINCT FROM coalesce(held.reserved, 0))
-            """
-        )
-        assert await differences.fetchall() == []
 
 
 async def test_a_busy_agent_can_be_changed(

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import URL, make_url
+import psycopg
+from sqlalchemy import URL, event, make_url
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
@@ -31,6 +33,8 @@ CONNECTION_DEFAULTS = {
 
 SERVER_SETTINGS = {
     "TimeZone": "UTC",
+    # Single statements run without BEGIN, so that no one else says it. What is read behind a lock must be read anew.
+    "default_transaction_isolation": "read\\ committed",
     "lock_timeout": f"{LOCK_TIMEOUT_S}s",
     "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
     # A transaction whose client is stuck would keep an agent's row locked for everybody.
@@ -52,7 +56,7 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         pool_wait_s: How long a call waits for one of them before it is `Unavailable`.
     """
     parsed = make_url(url)
-    return create_async_engine(
+    engine = create_async_engine(
         parsed,
         poolclass=AsyncAdaptedQueuePool,
         pool_size=pool_size,
@@ -62,6 +66,8 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         hide_parameters=True,
         connect_args=connect_args(parsed),
     )
+    event.listen(engine.sync_engine, "checkout", _require_open)
+    return engine
 
 
 def reading(engine: AsyncEngine) -> AsyncEngine:
@@ -75,6 +81,19 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     with translate_errors():
         async with engine.begin() as connection:
             yield connection
+
+
+def _require_open(connection: Any, record: object, fairy: object) -> None:
+    """
+    A connection that the server has closed meanwhile is found out without asking the server; the pool makes new ones.
+
+    Else after every restart of the server each of them would fail somebody, in doubt whether anything was done.
+    """
+    try:
+        for _ in range(2):  # The first may read no further than the server's last words.
+            connection.driver_connection.pgconn.consume_input()
+    except psycopg.OperationalError as lost:
+        raise InvalidatePoolError from lost
 
 
 def connect_args(url: URL) -> dict[str, Any]:

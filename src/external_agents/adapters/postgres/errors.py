@@ -68,15 +68,18 @@ def leaves_doubt(error: psycopg.Error) -> bool:
     return state is None or state.startswith(("08", "57P"))
 
 
-def concerns_everyone(error: psycopg.Error) -> bool:
+def concerns_everyone(error: Exception) -> bool:
     """Whether it says that the server cannot work at present, and nothing of what it was asked."""
+    if not isinstance(error, psycopg.Error):
+        return False
     state = error.sqlstate or "08"
     return state[:2] in {"08", "28", "3D", "53", "58"} or state[:3] == "57P" or state in {"25006", *_SCHEMA_LACKS}
 
 
-def is_conflict(error: psycopg.Error) -> bool:
+def is_conflict(error: Exception) -> bool:
     """Whether others stood in the way: a lock was not to be had in time, a deadlock, a statement that took too long."""
-    return error.sqlstate in {"55P03", "57014"} or (error.sqlstate or "").startswith("40")
+    state = (error.sqlstate or "") if isinstance(error, psycopg.Error) else ""
+    return state in {"55P03", "57014"} or state.startswith("40")
 
 
 def translated(error: BaseException | None) -> ExternalAgentsError | None:

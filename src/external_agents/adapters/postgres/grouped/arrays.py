@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from struct import pack
 from typing import Any, ClassVar
-from uuid import UUID
 
 import psycopg
+from psycopg.abc import AdaptContext
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
@@ -23,55 +23,36 @@ _MICROSECOND = timedelta(microseconds=1)
 _NULL = b"\xff\xff\xff\xff"
 
 
-class Texts(list[str | None]):
-    """text[]"""
+class Array:
+    """
+    One dimension. It is packed as it is made: what cannot be packed is known before anything is sent.
 
+    Raises:
+        Exception: An element does not fit: text with a lone surrogate, a number out of range, a naive time.
+    """
 
-class Uuids(list[UUID]):
-    """uuid[]"""
-
-
-class Shorts(list[int]):
-    """smallint[]"""
-
-
-class Integers(list[int | None]):
-    """integer[]"""
-
-
-class Booleans(list[bool]):
-    """boolean[]"""
-
-
-class Dates(list[date]):
-    """date[]"""
-
-
-class Moments(list[datetime | None]):
-    """timestamptz[]"""
-
-
-class Bytes(list[bytes | None]):
-    """bytea[]"""
-
-
-class _ArrayDumper(Dumper):
-    format = Format.BINARY
+    __slots__ = ("packed",)
+    oid: ClassVar[int]
     element_oid: ClassVar[int]
 
-    def dump(self, obj: Sequence[Any]) -> bytes:
+    def __init__(self, values: Sequence[Any] = ()) -> None:
         """`ndim`, `has nulls`, the elements' type, length and lower bound; then each with its length before it."""
-        if not obj:
-            return pack(">iii", 0, 0, self.element_oid)
-        body = self.elements(obj)
-        return pack(">iiiii", 1, 1 if None in obj else 0, self.element_oid, len(obj), 1) + body
+        if values:
+            header = pack(">iiiii", 1, 1 if None in values else 0, self.element_oid, len(values), 1)
+            self.packed = header + self.elements(values)
+        else:
+            self.packed = pack(">iii", 0, 0, self.element_oid)
 
     def elements(self, values: Sequence[Any]) -> bytes:
         raise NotImplementedError
 
 
-class _VariableDumper(_ArrayDumper):
-    def elements(self, values: Sequence[Any]) -> bytes:
+class Bytes(Array):
+    """bytea[], of bytes or None"""
+
+    oid, element_oid = 1001, 17
+
+    def elements(self, values: Sequence[bytes | None]) -> bytes:
         parts: list[bytes] = []
         for value in values:
             if value is None:
@@ -82,25 +63,25 @@ class _VariableDumper(_ArrayDumper):
         return b"".join(parts)
 
 
-class _BytesDumper(_VariableDumper):
-    oid, element_oid = 1001, 17
+class Texts(Bytes):
+    """text[], of str or None"""
 
-
-class _TextsDumper(_VariableDumper):
     oid, element_oid = 1009, 25
 
     def elements(self, values: Sequence[Any]) -> bytes:
         return super().elements([None if value is None else value.encode() for value in values])
 
 
-class _UuidsDumper(_ArrayDumper):
+class Uuids(Array):
+    """uuid[]"""
+
     oid, element_oid = 2951, 2950
 
     def elements(self, values: Sequence[Any]) -> bytes:
         return b"".join([b"\0\0\0\x10" + value.bytes for value in values])
 
 
-class _FixedDumper(_ArrayDumper):
+class _Fixed(Array):
     """Numbers of one width."""
 
     code: ClassVar[str]
@@ -117,44 +98,56 @@ class _FixedDumper(_ArrayDumper):
         return value
 
 
-class _ShortsDumper(_FixedDumper):
+class Shorts(_Fixed):
+    """smallint[]"""
+
     oid, element_oid, code, width = 1005, 21, "h", 2
 
 
-class _IntegersDumper(_FixedDumper):
+class Integers(_Fixed):
+    """integer[], of int or None"""
+
     oid, element_oid, code, width = 1007, 23, "i", 4
 
 
-class _BooleansDumper(_FixedDumper):
+class Booleans(_Fixed):
+    """boolean[]"""
+
     oid, element_oid, code, width = 1000, 16, "?", 1
 
 
-class _DatesDumper(_FixedDumper):
+class Dates(_Fixed):
+    """date[]"""
+
     oid, element_oid, code, width = 1182, 1082, "i", 4
 
     def number(self, value: date) -> int:
         return (value - _DAY_ZERO).days
 
 
-class _MomentsDumper(_FixedDumper):
+class Moments(_Fixed):
+    """timestamptz[], of aware datetimes or None"""
+
     oid, element_oid, code, width = 1185, 1184, "q", 8
 
     def number(self, value: datetime) -> int:
         return (value - _EPOCH) // _MICROSECOND
 
 
-_DUMPERS: dict[type[list[Any]], type[_ArrayDumper]] = {
-    Texts: _TextsDumper,
-    Uuids: _UuidsDumper,
-    Shorts: _ShortsDumper,
-    Integers: _IntegersDumper,
-    Booleans: _BooleansDumper,
-    Dates: _DatesDumper,
-    Moments: _MomentsDumper,
-    Bytes: _BytesDumper,
-}
+class _ArrayDumper(Dumper):
+    format = Format.BINARY
+
+    def __init__(self, cls: type[Array], context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        self.oid = cls.oid
+
+    def dump(self, obj: Array) -> bytes:
+        return obj.packed
+
+
+_KINDS = (Bytes, Texts, Uuids, Shorts, Integers, Booleans, Dates, Moments)
 
 
 def register_arrays(connection: psycopg.AsyncConnection[Any]) -> None:
-    for kind, dumper in _DUMPERS.items():
-        connection.adapters.register_dumper(kind, dumper)
+    for kind in _KINDS:
+        connection.adapters.register_dumper(kind, _ArrayDumper)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime
+from sys import getsizeof
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -65,17 +66,15 @@ class Admitting:
     answer: asyncio.Future[Admitted]
     since_s: float
     created_at: datetime = attrs.field(init=False)
+    size_bytes: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.created_at = created_at_of(self.request.invocation_id)
+        self.size_bytes = getsizeof(self.request.request.text)
 
     @property
     def lane(self) -> Lane:
         return self.request.org_id, self.request.agent_id
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.request.request.text)
 
 
 @attrs.define(eq=False)
@@ -85,14 +84,14 @@ class Settling:
     finished: ExternalAgentInvocation
     answer: asyncio.Future[bool]
     since_s: float
+    size_bytes: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.size_bytes = getsizeof(self.finished.response.text) if self.finished.response else 0
 
     @property
     def lane(self) -> Lane:
         return self.finished.org_id, self.finished.external_agent_id
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.finished.response.text) if self.finished.response else 0
 
 
 @attrs.define(eq=False)
@@ -122,16 +121,24 @@ class Batch:
     _keys: set[tuple[Lane, str]] = attrs.field(factory=set)
 
     def takes(self, item: Admitting) -> bool:
-        """Add an admission, unless it has to wait for the next batch: it is of another month, or its key is in this."""
+        """
+        Add an admission, unless it has to wait for the next batch.
+
+        It has to when it is of another month, when its key is in this one, or when others are in it whose places are
+        taken elsewhere, and its own is not, or the other way round: the two would be decided on one state of the
+        agent's account.
+        """
         month = budget_month(item.created_at)
+        agent, kind = item.request.agent, _kind_of(item.request)
         if self.month not in (None, month):
+            return False
+        if kind != _REFUSED and (agent.org_id, agent.id, agent.version, _PLACED - kind) in self._groups:
             return False
         if (key := item.request.idempotency_key) is not None:
             if (item.lane, key) in self._keys:
                 return False
             self._keys.add((item.lane, key))
         self.month = month
-        agent, kind = item.request.agent, _kind_of(item.request)
         name = (agent.org_id, agent.id, agent.version, kind)
         group = self._groups.get(name)
         if group is None:
@@ -355,3 +362,4 @@ def _give(answer: asyncio.Future[Any], result: object) -> None:
 def _refuse(answer: asyncio.Future[Any], error: Exception) -> None:
     if not answer.done():
         answer.set_exception(error)
+        answer.exception()  # Marks it as seen: its caller may be on the way out.
