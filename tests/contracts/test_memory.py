@@ -25,6 +25,7 @@ from external_agents.testing.fakes import FakeClock
 from external_agents.testing.identity import ApiKeyStoreContract, AuthenticatorContract, Issue
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
+from external_agents.testing.ledger_verdict import LedgerVerdictContract
 from external_agents.testing.policy import PolicyContract
 from external_agents.testing.rate_limits import NewLimiter, RateLimiterContract
 from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
@@ -85,6 +86,10 @@ class TestMemoryLedger(LedgerContract):
 
 
 class TestMemoryLedgerOverTime(LedgerTimeContract):
+    pass
+
+
+class TestMemoryLedgerWithVerdicts(LedgerVerdictContract):
     pass
 
 

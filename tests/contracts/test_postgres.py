@@ -17,6 +17,7 @@ from external_agents.ports.ledger import InvocationLedger
 from external_agents.testing.identity import ApiKeyStoreContract
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
+from external_agents.testing.ledger_verdict import LedgerVerdictContract
 from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
 from external_agents.testing.stores import PassTime, Store
 from postgres_server import PostgresServer, ShiftedClock
@@ -78,6 +79,10 @@ class TestPostgresLedger(LedgerContract):
 
 
 class TestPostgresLedgerInTime(LedgerTimeContract):
+    pass
+
+
+class TestPostgresLedgerWithVerdicts(LedgerVerdictContract):
     pass
 
 

@@ -13,6 +13,6 @@ Every test works in organisations of its own, so one store may serve all of them
 
 import pytest
 
-SUITES = ("identity", "ledger", "ledger_time", "policy", "rate_limits", "repositories", "secrets")
+SUITES = ("identity", "ledger", "ledger_time", "ledger_verdict", "policy", "rate_limits", "repositories", "secrets")
 
 pytest.register_assert_rewrite(*(f"{__name__}.{suite}" for suite in SUITES))
