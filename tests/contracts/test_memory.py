@@ -26,6 +26,7 @@ from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract, AuthenticatorContract, Issue
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
+from external_agents.testing.ledger_verdict import LedgerVerdictContract
 from external_agents.testing.policy import PolicyContract
 from external_agents.testing.rate_limits import NewLimiter, RateLimiterContract
 from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
@@ -90,6 +91,10 @@ class TestMemoryLedgerOverTime(LedgerTimeContract):
 
 
 class TestMemoryIdempotency(IdempotencyContract):
+    pass
+
+
+class TestMemoryLedgerWithVerdicts(LedgerVerdictContract):
     pass
 
 

@@ -19,6 +19,7 @@ from external_agents.testing.idempotency import IdempotencyContract
 from external_agents.testing.identity import ApiKeyStoreContract
 from external_agents.testing.ledger import LedgerContract
 from external_agents.testing.ledger_time import LedgerTimeContract
+from external_agents.testing.ledger_verdict import LedgerVerdictContract
 from external_agents.testing.repositories import AgentRepositoryContract, InvocationReaderContract
 from external_agents.testing.stores import PassTime, Store
 from postgres_server import PostgresServer, ShiftedClock
@@ -87,6 +88,10 @@ class TestPostgresIdempotency(IdempotencyContract):
     pass
 
 
+class TestPostgresLedgerWithVerdicts(LedgerVerdictContract):
+    pass
+
+
 class TestPlainPostgresLedger(LedgerContract):
     pass
 
@@ -99,7 +104,14 @@ class TestPlainPostgresIdempotency(IdempotencyContract):
     pass
 
 
-PLAIN = (TestPlainPostgresLedger, TestPlainPostgresLedgerInTime, TestPlainPostgresIdempotency)
+class TestPlainPostgresLedgerWithVerdicts(LedgerVerdictContract):
+    pass
+
+
+PLAIN = (
+    *(TestPlainPostgresLedger, TestPlainPostgresLedgerInTime),
+    *(TestPlainPostgresIdempotency, TestPlainPostgresLedgerWithVerdicts),
+)
 
 
 class TestPostgresApiKeys(ApiKeyStoreContract):

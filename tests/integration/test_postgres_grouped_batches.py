@@ -428,7 +428,9 @@ async def test_a_role_that_may_use_the_tables_may_use_the_function(
             owner.execute(sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON instances TO {}").format(role))
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 await ledger.admit(make_request(agent))
-            owner.execute(sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {}").format(role))
+            owner.execute(
+                sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {}").format(role)
+            )
             admission = await ledger.admit(make_request(agent))
             await ledger.settle(conclude(admission.invocation))
             owner.execute(sql.SQL("DROP OWNED BY {}").format(role))

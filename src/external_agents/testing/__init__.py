@@ -13,6 +13,9 @@ Every test works in organisations of its own, so one store may serve all of them
 
 import pytest
 
-SUITES = ("idempotency", "identity", "ledger", "ledger_time", "policy", "rate_limits", "repositories", "secrets")
+SUITES = (
+    *("idempotency", "identity", "ledger", "ledger_time", "ledger_verdict"),
+    *("policy", "rate_limits", "repositories", "secrets"),
+)
 
 pytest.register_assert_rewrite(*(f"{__name__}.{suite}" for suite in SUITES))
