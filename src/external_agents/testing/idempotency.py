@@ -134,7 +134,9 @@ class IdempotencyContract:
         assert {row.id for row in await rows_of(store, agent)} == {invocation.id for invocation in admitted}
         assert len(admitted) == 2
         others = [type(result) for result in results if not isinstance(result, Admission)]
-        assert set(others) == {IdempotencyKeyInFlight}
+        # Where the limits live elsewhere, a place that is about to be given back stands against others.
+        assert IdempotencyKeyInFlight in others
+        assert set(others) <= {IdempotencyKeyInFlight, RateLimited}
         assert await used(ledgers[0], agent) == ([2], Decimal(0), Decimal("0.4"))
 
     async def test_answers_and_settlements_may_race(self, store: Store) -> None:

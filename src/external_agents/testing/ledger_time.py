@@ -88,7 +88,7 @@ class LedgerTimeContract:
             assert (quota.used, forecast.rate_limited) == (used + 1, used == 2)
             assert 0 < quota.resets_in_s <= window.seconds / 4 + 2 * window.bucket_s
             before = forecast.at
-            await pass_time(quota.resets_in_s + window.bucket_s / 4)
+            await pass_time(quota.resets_in_s + window.bucket_s)
             forecast = await ledger.forecast(agent.org_id, agent.id)
             [quota] = forecast.quotas.quotas
             assert (quota.used, quota.remaining) == (used, 3 - used)
