@@ -34,6 +34,7 @@ from psycopg.rows import dict_row
 from agents import Agent, Answer, serve_agent
 from external_agents.adapters.postgres.embedded import running_url
 from external_agents.adapters.postgres.embedded.child_process import Launch
+from external_agents.supervisor.metrics_folder import remove_leftovers
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "external-agents"
 API = "/api/external-agents"
@@ -179,6 +180,7 @@ class Serve:
             raise
         finally:
             shutil.rmtree(self._folder)
+            remove_leftovers()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def metrics_folder(memory: Path = MEMORY_FOLDER) -> Iterator[Path]:
     Its owner holds a lock in it, which ends with the process: nobody takes the folder of a `serve` that lives.
     """
     base = memory if _has_room(memory) else Path(tempfile.gettempdir())
-    _remove_leftovers(base)
+    remove_leftovers(base)
     folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
     owner = FileLock(folder / OWNER_FILE)
     try:
@@ -43,12 +43,13 @@ def _has_room(folder: Path) -> bool:
     return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= ROOM_BYTES
 
 
-def _remove_leftovers(base: Path) -> None:
+def remove_leftovers(base: Path = MEMORY_FOLDER) -> None:
+    """Those of ours in `base` whose owner has gone."""
     for folder in base.glob(f"{PREFIX}*"):
         with suppress(OSError):
             status = folder.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
                 owner = FileLock(folder / OWNER_FILE)
                 if owner.try_acquire():
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
                     owner.release()
