@@ -51,8 +51,14 @@ def workers_of(serve: Serve) -> list[psutil.Process]:
     return gunicorn.children()
 
 
-def folder_of(serve: Serve) -> Path:
+@pytest.fixture(scope="module")
+def folder(serve: Serve) -> Path:
+    """Where the workers keep their figures."""
     return Path(workers_of(serve)[0].environ()[FOLDER_VARIABLE])
+
+
+def names_in(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
 
 
 async def scraped(serve: Serve) -> Figures:
@@ -125,12 +131,14 @@ async def test_the_figures_are_what_was_sent(serve: Serve, api: httpx.AsyncClien
         assert after["unexpected_errors_total"] == 0
 
 
-async def test_each_of_the_workers_has_counted(serve: Serve) -> None:
+def test_each_of_the_workers_counts(serve: Serve, folder: Path) -> None:
     """Else the sums above would show nothing."""
-    pids = {worker.pid for worker in workers_of(serve)}
-    files = {file.name for file in folder_of(serve).glob("*.db")}
-    assert len(pids) == 2
-    assert {f"counter_{pid}.db" for pid in pids} <= files
+
+    def have_counted() -> bool:
+        counters = {f"counter_{worker.pid}.db" for worker in workers_of(serve)}
+        return len(counters) == 2 and counters <= set(names_in(folder))
+
+    eventually(have_counted, PATIENCE_S)
 
 
 async def test_what_runs_is_seen_while_it_runs(serve: Serve, api: httpx.AsyncClient, agent: Agent) -> None:
@@ -146,7 +154,9 @@ async def test_what_runs_is_seen_while_it_runs(serve: Serve, api: httpx.AsyncCli
     assert (await scraped(serve))["invocations_running"] == 0
 
 
-async def test_a_killed_worker_takes_no_counts_with_it(serve: Serve, api: httpx.AsyncClient, agent: Agent) -> None:
+async def test_a_killed_worker_takes_no_counts_with_it(
+    serve: Serve, folder: Path, api: httpx.AsyncClient, agent: Agent
+) -> None:
     quick = await created(api, agent.at("/quick", Reply()))
     await invoked(serve, quick, 40)
     agent.answers(Reply(wait_for=asyncio.Event()))
@@ -159,7 +169,7 @@ async def test_a_killed_worker_takes_no_counts_with_it(serve: Serve, api: httpx.
     for victim in workers:
         victim.send_signal(signal.SIGKILL)
     await asyncio.gather(*hanging, return_exceptions=True)
-    await asyncio.to_thread(eventually, lambda: _are_replaced(serve, workers), PATIENCE_S)
+    await asyncio.to_thread(eventually, lambda: _are_replaced(serve, folder, workers), PATIENCE_S)
     async with asyncio.timeout(PATIENCE_S):
         while not await _serves(serve):
             pass
@@ -171,14 +181,14 @@ async def test_a_killed_worker_takes_no_counts_with_it(serve: Serve, api: httpx.
         assert after["invocations_running"] == 0
     await invoked(serve, quick, 10)
     assert (await scraped(serve))["admissions_total"] == before["admissions_total"] + 10
-    names = {file.name for file in folder_of(serve).glob("counter_*.db")}
-    assert names <= {"counter_ended.db", *(f"counter_{worker.pid}.db" for worker in workers_of(serve))}
+    counters = {name for name in names_in(folder) if name.startswith("counter")}
+    assert counters <= {"counter_ended.db", *(f"counter_{worker.pid}.db" for worker in workers_of(serve))}
 
 
-def _are_replaced(serve: Serve, dead: list[psutil.Process]) -> bool:
+def _are_replaced(serve: Serve, folder: Path, dead: list[psutil.Process]) -> bool:
     """Others run, and nothing is left of these but their counts."""
-    running, folder = workers_of(serve), folder_of(serve)
-    left = [file for worker in dead for file in folder.glob(f"*_{worker.pid}.db")]
+    running = workers_of(serve)
+    left = [name for worker in dead for name in names_in(folder) if name.endswith(f"_{worker.pid}.db")]
     return len(running) == len(dead) and not set(running) & set(dead) and not left
 
 

@@ -51,5 +51,5 @@ def remove_leftovers(base: Path = MEMORY_FOLDER) -> None:
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
                 owner = FileLock(folder / OWNER_FILE)
                 if owner.try_acquire():
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
                     owner.release()
