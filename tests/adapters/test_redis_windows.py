@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -11,13 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
-    initialize,
     invariant,
     precondition,
     rule,
     run_state_machine_as_test,
 )
 
+from external_agents.adapters.redis.connection import Command
 from external_agents.adapters.redis.windows import (
     SCRIPT,
     SHA,
@@ -30,8 +31,8 @@ from external_agents.adapters.redis.windows import (
     take,
     with_source,
 )
-from external_agents.domain.rate_limit import BUCKETS, Limits, RateWindows, Window, WindowCount
-from redis_server import AGE, RedisServer
+from external_agents.domain.rate_limit import BUCKETS, Limits, RateWindows, Window
+from redis_server import RedisServer, script_with_clock
 
 AGENT_ID = UUID("019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13")
 UNLIMITED: Numbers = (-1, -1, -1)
@@ -42,43 +43,58 @@ def client(redis_server: RedisServer) -> Iterator[redis.Redis]:
     with redis_server.client() as client:
         client.script_load(SCRIPT)
         yield client
+        client.script_flush()
 
 
-def aged(count: WindowCount, step: int) -> WindowCount:
-    """The same so many buckets earlier."""
-    counts = [0] * BUCKETS
-    for bucket in range(count.head - BUCKETS + 1, count.head + 1):
-        counts[(bucket - step) % BUCKETS] = count.counts[bucket % BUCKETS]
-    return WindowCount(count.head - step, tuple(counts))
+class Windows:
+    """One agent's windows in Redis, at a time of the test's choosing: a late one, at which no key expires."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
+        self.key = key_of("acme", uuid4())
+        self.now_us = 4_000_000_000_000_000
+
+    def run(self, command: Command) -> Any:
+        source = script_with_clock(b"{%d, %d}" % divmod(self.now_us, 1_000_000))
+        return self.client.execute_command("EVAL", source, *command[2:])
+
+    def take(self, places: int, limits: Numbers) -> Answer:
+        answer = Answer.of(self.run(take(self.key, places, limits)))
+        assert answer.now_s == pytest.approx(self.now_us / 1_000_000, abs=1e-6)
+        return answer
 
 
 LIMITS = st.tuples(*[st.sampled_from([-1, -1, 0, 1, 3, 6, 10, 1_000_000_000])] * 3)
-STEPS = st.tuples(*[st.integers(0, 4) | st.integers(48, 53) | st.sampled_from([0, BUCKETS, 200])] * 3)
+
+
+@st.composite
+def pauses_us(draw: st.DrawFn) -> int:
+    """Of every size: within a bucket, whole buckets, once round the ring, about a window, far beyond it."""
+    bucket_us = draw(st.sampled_from([1_200_000, 72_000_000, 1_728_000_000]))
+    return draw(
+        st.integers(0, bucket_us)
+        | st.integers(0, 2 * BUCKETS).map(lambda buckets: buckets * bucket_us)
+        | st.integers(-2, 2).map(lambda near: BUCKETS * bucket_us + near)
+        | st.sampled_from([bucket_us - 1, 50 * bucket_us - 1, 1000 * bucket_us])
+    )
 
 
 class ScriptAndRule(RuleBasedStateMachine):
-    """Redis's clock is the clock of both; what it does not do by itself, the state is moved for."""
-
     def __init__(self, client: redis.Redis) -> None:
         super().__init__()
-        self.client = client
-        self.age = client.register_script(AGE)
-
-    @initialize()
-    def begin(self) -> None:
-        self.key = key_of("acme", uuid4())
+        self.redis = Windows(client)
         self.windows = RateWindows()
-        self.held: list[tuple[int, ...]] = []
+        self.held: list[Numbers] = []
 
     @rule(places=st.integers(1, 8), numbers=LIMITS)
     def take(self, places: int, numbers: Numbers) -> None:
-        answer = Answer.of(self.client.execute_command(*take(self.key, places, numbers)))
+        answer = self.redis.take(places, numbers)
         limits, windows = limits_of(numbers), self.windows.advanced(answer.now_s)
         quotas = []
         while len(quotas) < places and windows.refusal(limits, answer.now_s) is None:
             windows = windows.taken()
             quotas.append(windows.quotas(limits, answer.now_s))
-            self.held.append(windows.heads)
+            self.held.append(answer.heads)
         assert answer.taken == len(quotas)
         assert answer.heads == windows.heads
         assert answer.quotas_of_places(limits) == quotas
@@ -89,35 +105,26 @@ class ScriptAndRule(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data(), places=st.integers(1, 3))
     def give_back(self, data: st.DataObject, places: int) -> None:
-        heads = data.draw(st.sampled_from(sorted(set(self.held))))
+        heads = data.draw(st.sampled_from(self.held))
         places = min(places, self.held.count(heads))
-        self.client.execute_command(*give(self.key, places, heads))  # type: ignore[arg-type]
+        self.redis.run(give(self.redis.key, places, heads))
         for _ in range(places):
             self.held.remove(heads)
             self.windows = self.windows.given_back(heads)
 
-    @rule(steps=STEPS)
-    def time_passes(self, steps: Numbers) -> None:
-        self.move(steps)
+    @rule(pause_us=pauses_us())
+    def time_passes(self, pause_us: int) -> None:
+        self.redis.now_us += pause_us
 
-    @rule(steps=st.tuples(*[st.integers(0, 60)] * 3))
-    def the_clock_is_set_back(self, steps: Numbers) -> None:
-        self.move((-steps[0], -steps[1], -steps[2]))
+    @rule(pause_us=pauses_us())
+    def the_clock_is_set_back(self, pause_us: int) -> None:
+        self.redis.now_us = max(3_900_000_000_000_000, self.redis.now_us - pause_us)
 
     @invariant()
     def the_state_is_the_same(self) -> None:
-        if not hasattr(self, "key"):
-            return
-        answer = Answer.of(self.client.execute_command(*take(self.key, 0, UNLIMITED)))
+        answer = self.redis.take(0, UNLIMITED)
         assert answer.windows == self.windows.advanced(answer.now_s)
         assert list(answer.used) == [answer.windows[window].used for window in Window]
-
-    def move(self, steps: Numbers) -> None:
-        if self.client.exists(self.key):
-            self.age(keys=[self.key], args=steps)
-            moved = (aged(self.windows[window], step) for window, step in zip(Window, steps, strict=True))
-            self.windows = RateWindows(*moved)
-            self.held = [tuple(head - step for head, step in zip(heads, steps, strict=True)) for heads in self.held]
 
 
 def test_the_script_does_as_the_rule_says(client: redis.Redis) -> None:
@@ -168,13 +175,14 @@ def test_a_refusal_or_a_look_leaves_no_key(client: redis.Redis) -> None:
 
 
 def test_the_state_is_small(client: redis.Redis) -> None:
-    key = key_of("acme", uuid4())
-    age = client.register_script(AGE)
-    for _ in range(BUCKETS):
-        client.execute_command(*take(key, 100, UNLIMITED))
-        age(keys=[key], args=[1, 1, 1])
-    assert client.strlen(key) <= 3 * 5 + 3 * BUCKETS + 3
-    assert client.memory_usage(key) <= 512
+    """A hundred places in every bucket."""
+    windows = Windows(client)
+    for window in reversed(Window):
+        for _ in range(BUCKETS):
+            windows.take(100, UNLIMITED)
+            windows.now_us += round(window.bucket_s * 1_000_000)
+    assert client.strlen(windows.key) <= 512
+    assert client.memory_usage(windows.key) <= 768
 
 
 def test_the_source_may_be_sent_instead_of_its_name(client: redis.Redis) -> None:

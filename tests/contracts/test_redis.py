@@ -19,25 +19,25 @@ from external_agents.testing.ledger_time import LedgerTimeContract
 from external_agents.testing.rate_limits import NewLimiter, RateLimiterContract
 from external_agents.testing.stores import PassTime, Store
 from postgres_server import PostgresServer, ShiftedClock
-from redis_server import AgingWindows, RedisServer
+from redis_server import RedisServer, ShiftedTime
 
 
 @pytest.fixture(scope="module")
-async def aging_windows(redis_server: RedisServer) -> AsyncIterator[AgingWindows]:
-    windows = AgingWindows(redis_server)
-    yield windows
-    await windows.aclose()
+async def shifted_time(redis_server: RedisServer) -> AsyncIterator[ShiftedTime]:
+    time = ShiftedTime(redis_server)
+    yield time
+    await time.aclose()
 
 
 @pytest.fixture(scope="module")
-def new_limiter(aging_windows: AgingWindows) -> NewLimiter:
-    return aging_windows.limiter
+def new_limiter(shifted_time: ShiftedTime) -> NewLimiter:
+    return shifted_time.limiter
 
 
 class TestRedisRateLimiter(RateLimiterContract):
     @pytest.fixture
-    def pass_time(self, aging_windows: AgingWindows) -> PassTime:
-        return aging_windows.pass_time
+    def pass_time(self, shifted_time: ShiftedTime) -> PassTime:
+        return shifted_time.pass_time
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,12 @@ def clock(postgres_server: PostgresServer, postgres_url_template: str) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def pass_time(clock: ShiftedClock, aging_windows: AgingWindows) -> PassTime:
+def pass_time(clock: ShiftedClock, shifted_time: ShiftedTime) -> PassTime:
     """For the database and for Redis."""
 
     async def pass_time(seconds: float) -> None:
         await clock.pass_time(seconds)
-        await aging_windows.pass_time(seconds)
+        await shifted_time.pass_time(seconds)
 
     return pass_time
 

@@ -20,8 +20,9 @@ class LimitedLedger(InvocationLedger):
     """
     Any ledger, with the windows of a `RateLimiter` in place of its own.
 
-    The place is taken first. What then stands against the admission gives it back, once. A crash between the two, or a
-    doubt whether the invocation was admitted, costs one place for its window and never gives one too many.
+    The place is taken first. What then stands against the admission gives it back, once; until then it counts, and
+    another caller may be refused for want of it. A crash between the two, or a doubt whether the invocation was
+    admitted, costs one place for its window and never gives one too many.
     """
 
     def __init__(self, ledger: InvocationLedger, limiter: RateLimiter) -> None:
