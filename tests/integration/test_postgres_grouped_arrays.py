@@ -62,7 +62,7 @@ async def connection(postgres_server: Any, postgres_url_template: str) -> AsyncI
         async with await psycopg.AsyncConnection.connect(
             dsn(postgres_server.url(name)), autocommit=True, options="-c TimeZone=UTC"
         ) as connected:
-            register_arrays(connected)
+            register_arrays(connected.adapters)
             yield connected
 
 

@@ -46,11 +46,13 @@ class StructlogObservability(ObservabilityManager):
             self._invocation(record)
         elif isinstance(record, DecisionRecord):
             self._decision(record)
-        elif isinstance(record, BatchRecord):
+        elif isinstance(record, BatchRecord) and self._log.is_enabled_for(logging.DEBUG):
             self._log.debug("batch", **attrs.asdict(record))
 
     def _decision(self, record: DecisionRecord) -> None:
-        unremarkable = record.allowed or record.filters
+        unremarkable = not record.errors and (record.allowed or record.filters)
+        if unremarkable and not self._log.is_enabled_for(logging.DEBUG):
+            return
         write = self._log.warning if record.errors else self._log.debug if unremarkable else self._log.info
         write(
             "decision",

@@ -12,9 +12,8 @@ from datetime import UTC, date, datetime, timedelta
 from struct import pack
 from typing import Any, ClassVar
 
-import psycopg
 from psycopg.abc import AdaptContext
-from psycopg.adapt import Dumper
+from psycopg.adapt import AdaptersMap, Dumper
 from psycopg.pq import Format
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
@@ -148,6 +147,7 @@ class _ArrayDumper(Dumper):
 _KINDS = (Bytes, Texts, Uuids, Shorts, Integers, Booleans, Dates, Moments)
 
 
-def register_arrays(connection: psycopg.AsyncConnection[Any]) -> None:
+def register_arrays(adapters: AdaptersMap) -> None:
+    """For every connection that is opened with these adapters from now on."""
     for kind in _KINDS:
-        connection.adapters.register_dumper(kind, _ArrayDumper)
+        adapters.register_dumper(kind, _ArrayDumper)

@@ -19,6 +19,7 @@ from uuid import UUID
 import attrs
 import psycopg
 from psycopg.rows import namedtuple_row
+from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.engine import reading
@@ -50,12 +51,17 @@ PATIENCE_S = 5.0
 CALLS_HELD_MAX = 32
 """After so many calls a connection goes back to the pool for a moment, where other shards' queues may wait for it."""
 
+HELD_IDLE_S = 0.02
+"""A connection is kept for so long when nothing waits: to take one from the pool costs as much as a call."""
+
 _DATABASE = "The database"
 _TOO_MUCH = "The service, which has too much to do,"
 
 _log = logging.getLogger(__name__)
 
 Observe = Callable[[BatchRecord], None]
+
+register_arrays(psycopg.adapters)
 
 
 @attrs.define(eq=False)
@@ -65,6 +71,24 @@ class _Side:
     waiting: Lines | Apart
     pumps_max: int
     pumps: int = 0
+    arrival: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self.arrival is not None and not self.arrival.done():
+            self.arrival.set_result(None)
+
+    async def has_more(self, hold_s: float) -> bool:
+        """Whether something waits, or comes within so long."""
+        if not self.waiting and hold_s:
+            loop = asyncio.get_running_loop()
+            self.arrival = loop.create_future()
+            timer = loop.call_later(hold_s, self.wake)
+            try:
+                await self.arrival
+            finally:
+                timer.cancel()
+                self.arrival = None
+        return bool(self.waiting)
 
 
 @attrs.define(eq=False)
@@ -108,6 +132,8 @@ class GroupCommitter:
         self._apart = Apart()
         self._sides = (_Side(self._shared, 1), _Side(self._apart, APART_AT_ONCE))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._disposals = 0
+        event.listen(engine.sync_engine, "engine_disposed", self._let_go)
 
     async def admit(self, request: AdmissionRequest) -> Admitted:
         """
@@ -142,9 +168,11 @@ class GroupCommitter:
 
     def _start(self) -> None:
         for side in self._sides:
-            if side.waiting and side.pumps < side.pumps_max:
-                side.pumps += 1
-                self._spawn(self._pump(side))
+            if side.waiting:
+                side.wake()
+                if side.pumps < side.pumps_max:
+                    side.pumps += 1
+                    self._spawn(self._pump(side))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # In no caller's context: what it says and does is of everybody's.
@@ -161,7 +189,7 @@ class GroupCommitter:
                     with translate_errors():
                         async with self._connection() as connection:
                             for _ in range(CALLS_HELD_MAX):
-                                if not waiting:
+                                if not await side.has_more(HELD_IDLE_S if side is self._sides[0] else 0.0):
                                     break
                                 await self._step(connection, waiting)
                 except _Lost:
@@ -177,13 +205,21 @@ class GroupCommitter:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         async with self._engine.connect() as pooled:
+            disposals = self._disposals
             connection: Any = (await pooled.get_raw_connection()).driver_connection
-            register_arrays(connection)
             try:
                 yield connection
             except BaseException:
                 await pooled.invalidate()
                 raise
+            if self._disposals != disposals:
+                await pooled.invalidate()
+
+    def _let_go(self, engine: Engine) -> None:
+        """The engine has closed what lies in its pool; what is held here is to be closed, too."""
+        self._disposals += 1
+        for side in self._sides:
+            side.wake()
 
     async def _step(self, connection: psycopg.AsyncConnection[Any], waiting: Lines | Apart) -> None:
         if isinstance(waiting, Apart):
@@ -212,15 +248,20 @@ class GroupCommitter:
             self._sort_out(unfit, turn)
             return
         began_s = time.monotonic()
-        call = asyncio.ensure_future(_call(connection, parameters))
-        overdue = await self._await(call, batch, waiting)
-        error = call.exception()
-        if overdue:
+        patience = _Patience(lambda: self._answer_overdue(batch, waiting))
+        row, error = None, None
+        try:
+            row = await _call(connection, parameters)
+        except Exception as failure:
+            error = failure
+        finally:
+            patience.end()
+        if patience.has_ended:
             # What nobody waits for any more is certain to be found from now on.
             for admitting in batch.admittings:
                 self._doubt(admitting.request)
         if error is None:
-            batch.conclude(call.result())
+            batch.conclude(row)
             if turn.lone:
                 self._shared.put_back(self._apart.went_well(turn.lone, _now_s()))
                 self._start()
@@ -230,20 +271,10 @@ class GroupCommitter:
         else:
             raise _Lost from error
 
-    async def _await(self, call: asyncio.Future[Any], batch: Batch, waiting: Lines | Apart) -> bool:
-        """
-        Until the call has ended. Callers who have waited long enough get their answer before.
-
-        Returns:
-            Whether some have got it.
-        """
-        await asyncio.wait({call}, timeout=PATIENCE_S)
-        overdue = not call.done()
-        while not call.done():
-            self._leave_in_doubt(batch)
-            _fail(waiting.remove(before_s=_now_s() - PATIENCE_S), Unavailable(_DATABASE))
-            await asyncio.wait({call}, timeout=1.0)
-        return overdue
+    def _answer_overdue(self, batch: Batch, waiting: Lines | Apart) -> None:
+        """Callers who have waited long enough get their answer before the call has ended."""
+        self._leave_in_doubt(batch)
+        _fail(waiting.remove(before_s=_now_s() - PATIENCE_S), Unavailable(_DATABASE))
 
     def _tell(self, batch: Batch, waiting: int, duration_s: float) -> None:
         try:
@@ -291,6 +322,23 @@ class GroupCommitter:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             _log.error("group commit broke off", exc_info=error)
+
+
+class _Patience:
+    """Runs out after PATIENCE_S, and then once a second, until it is ended."""
+
+    def __init__(self, run_out: Callable[[], None]) -> None:
+        self.has_ended = False
+        self._run_out = run_out
+        self._timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._ran_out)
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _ran_out(self) -> None:
+        self.has_ended = True
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._ran_out)
+        self._run_out()
 
 
 class _Lost(Exception):
