@@ -17,7 +17,6 @@ from typing import TypeAlias
 
 import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
-from structlog.contextvars import bound_contextvars
 
 from external_agents.adapters.abac import CedarPolicies, CedarPolicyDecisionPoint
 from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys
@@ -38,7 +37,7 @@ from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
-from external_agents.adapters.telemetry import FanOut, StructlogObservability, configure_logging
+from external_agents.adapters.telemetry import FanOut, RequestContext, StructlogObservability, configure_logging
 from external_agents.adapters.telemetry.prometheus import PrometheusObservability
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.application.limited_ledger import LimitedLedger
@@ -210,7 +209,7 @@ def create_asgi_app(settings: Settings | None = None, *, make_ledger: MakeLedger
                     installation.service,
                     readiness=installation.readiness,
                     body_limit_bytes=chosen.max_body_bytes,
-                    log_context=bound_contextvars,
+                    log_context=RequestContext,
                     metrics=metrics.exposition,
                     on_request=metrics.request,
                 )

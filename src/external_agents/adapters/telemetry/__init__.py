@@ -3,5 +3,6 @@
 from external_agents.adapters.telemetry.fan_out import FanOut
 from external_agents.adapters.telemetry.logging_setup import configure_logging, logging_config
 from external_agents.adapters.telemetry.records import StructlogObservability
+from external_agents.adapters.telemetry.request_context import RequestContext
 
-__all__ = ["FanOut", "StructlogObservability", "configure_logging", "logging_config"]
+__all__ = ["FanOut", "RequestContext", "StructlogObservability", "configure_logging", "logging_config"]

@@ -14,6 +14,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from external_agents.adapters.telemetry.request_context import merge_request_ids
 from external_agents.domain.errors import ConfigurationError
 
 LogFormat: TypeAlias = Literal["console", "json"]
@@ -107,6 +108,7 @@ def _every_line() -> list[Processor]:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.contextvars.merge_contextvars,
+        merge_request_ids,
     ]
 
 
