@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -65,6 +65,13 @@ def held_up(url: str, *agents: ExternalAgent, statement: str = LOCK_AGENT) -> It
         for agent in agents:
             connection.execute(statement, [agent.org_id, agent.id])
         yield connection
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Until it holds; it is asked on every turn of the event loop."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - nobody tells when it does
+            await asyncio.sleep(0)
 
 
 async def settled_down(*work: Awaitable[Result]) -> list[Result | BaseException]:

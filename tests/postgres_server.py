@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -43,11 +44,18 @@ SETTINGS = {
 
 
 class PostgresServer:
-    """Its databases; `url` is SQLAlchemy's."""
+    """
+    Its databases; `url` is SQLAlchemy's.
 
-    def __init__(self, folder: Path, process: ChildProcess) -> None:
+    What is killed or stopped here is started or continued here, too: other tests use the same server, unless it is one
+    of your own (`running_postgres`).
+    """
+
+    def __init__(self, folder: Path, launch: Callable[[], ChildProcess]) -> None:
         self.folder = folder
-        self.process = process
+        self._launch = launch
+        self.process = launch()
+        _await(folder, self.process)
 
     def url(self, database: str) -> str:
         return f"postgresql+psycopg://{USER}@/{database}?host={quote(str(self.folder))}"
@@ -68,13 +76,51 @@ class PostgresServer:
         finally:
             self.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
+    def crash(self) -> None:
+        """Without a word: kill -9. Its children end by themselves."""
+        left = self._pids()
+        os.kill(left[0], signal.SIGKILL)
+        self.process.wait(TIMEOUT_S)
+        for _ in range(int(TIMEOUT_S / 0.02)):
+            if not any(Path(f"/proc/{pid}").exists() for pid in left):
+                return
+            time.sleep(0.02)
+        raise RuntimeError("PostgreSQL's children outlive it")
+
+    def restart(self) -> None:
+        """After a crash."""
+        (self.folder / "data" / "postmaster.pid").unlink()
+        self.process = self._launch()
+        _await(self.folder, self.process)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """SIGSTOP: its connections stay open, and nothing answers."""
+        pids = self._pids()
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def _pids(self) -> list[int]:
+        """The postmaster, and its children."""
+        postmaster = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        return [postmaster, *map(int, children)]
+
 
 @contextmanager
-def running_postgres() -> Iterator[PostgresServer]:
+def running_postgres(**settings: str) -> Iterator[PostgresServer]:
     """
     A server of the embedded binaries, or of those in the folder that EXTERNAL_AGENTS_TEST_PG_BIN names.
 
     It refuses to be root, so for root it runs in a user namespace or as `nobody`, like the embedded one.
+
+    Args:
+        settings: The server's own, beside SETTINGS.
     """
     folder = Path(tempfile.mkdtemp(prefix="xa-pg-"))
     try:
@@ -106,13 +152,14 @@ def running_postgres() -> Iterator[PostgresServer]:
             if not initdb.wait(TIMEOUT_S) or initdb.poll() != 0:
                 initdb.end()
                 raise RuntimeError(f"initdb failed:\n{(folder / 'log').read_text()}")
-            options = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
-            process = launch(str(programs / "postgres"), "-D", cluster, "-k", str(folder), *options)
+            options = [word for name, value in (SETTINGS | settings).items() for word in ("-c", f"{name}={value}")]
+            server = PostgresServer(
+                folder, lambda: launch(str(programs / "postgres"), "-D", cluster, "-k", str(folder), *options)
+            )
             try:
-                _await(folder, process)
-                yield PostgresServer(folder, process)
+                yield server
             finally:
-                process.end((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0))
+                server.process.end((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0))
     finally:
         shutil.rmtree(folder)
 
@@ -127,7 +174,9 @@ def _await(folder: Path, process: ChildProcess) -> None:
             return
         if process.wait(0.02):
             break
-    raise RuntimeError(f"PostgreSQL did not start:\n{(folder / 'log').read_text()}")
+    log = (folder / "log").read_text()
+    process.end((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0))
+    raise RuntimeError(f"PostgreSQL did not start:\n{log}")
 
 
 class ShiftedClock:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from contextlib import suppress
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
@@ -17,6 +16,7 @@ import psycopg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from between import Proxy
 from books import assert_books_balance
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.invocations import PostgresInvocations
@@ -263,36 +263,6 @@ async def test_the_clock_is_read_behind_the_locks(
     assert head[0] >= int(row[0] / Decimal("1.2"))
 
 
-class LosingProxy:
-    """Between a client and the server's socket; a connection breaks before an answer to what holds `losing`."""
-
-    def __init__(self, server_socket: str) -> None:
-        self.server_socket = server_socket
-        self.losing: bytes | None = None
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_unix_connection(self.server_socket)
-        lost = asyncio.Event()
-        answers = asyncio.create_task(self.pass_answers(server_reader, writer, lost))
-        while not lost.is_set() and (chunk := await reader.read(65536)):
-            if self.losing and self.losing in chunk:
-                lost.set()
-            server_writer.write(chunk)
-        if not lost.is_set():
-            server_writer.write_eof()
-        await answers
-        for stream in (writer, server_writer):
-            stream.close()
-            with suppress(OSError):
-                await stream.wait_closed()
-
-    async def pass_answers(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: asyncio.Event
-    ) -> None:
-        while (chunk := await reader.read(65536)) and not lost.is_set():
-            writer.write(chunk)
-
-
 async def test_an_admission_whose_commit_was_not_answered_is_ended(
     postgres_url: str,
     postgres_agents: PostgresAgents,
@@ -303,11 +273,8 @@ async def test_an_admission_whose_commit_was_not_answered_is_ended(
     """The process lives on, so no lease runs out; but nobody will carry the invocation out."""
     agent = make_agent(budget_config={"max_cost_per_invocation": 1})
     await postgres_agents.create(agent)
-    folder = postgres_url.partition("host=")[2].replace("%2F", "/")
-    proxy = LosingProxy(f"{folder}/.s.PGSQL.5432")
-    server = await asyncio.start_unix_server(proxy.serve, tmp_path / ".s.PGSQL.5432")
-    async with server:
-        ledger = PostgresLedger(open_engine(postgres_url.replace(folder, str(tmp_path))), uuid4())
+    async with Proxy.to(postgres_url, tmp_path) as proxy:
+        ledger = PostgresLedger(open_engine(proxy.url), uuid4())
         kept = (await ledger.admit(make_request(agent))).invocation
         request = make_request(agent)
         proxy.losing = request.invocation_id.bytes
