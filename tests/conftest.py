@@ -6,6 +6,7 @@ Adapters are imported by the fixtures that need them: the tests of the core run 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 settings.register_profile("suite", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", parent=settings.get_profile("suite"), max_examples=5000)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+async def no_batch_outlives_its_test() -> AsyncIterator[None]:
+    """Batches are carried by tasks that hold a connection for a moment longer than anybody waits."""
+    yield
+    tasks = [task for task in asyncio.all_tasks() if task.get_name() == "external-agents group commit"]
+    if tasks:
+        await asyncio.wait(tasks, timeout=10)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.agents import PostgresAgents
-from external_agents.adapters.postgres.ledger import PostgresLedger
+from external_agents.adapters.postgres.plain.ledger import PlainPostgresLedger
 from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.domain.errors import Unavailable
 from external_agents.testing.builders import make_agent, make_request
@@ -54,7 +54,7 @@ async def test_a_busy_agent_leaves_connections_to_others(
     busy, quiet = make_agent(), make_agent()
     await agents.bulk([busy, quiet])
     small = open_engine(postgres_url, pool_size=8, pool_wait_s=1.0)
-    ledger = PostgresLedger(small, uuid4(), endings=open_engine(postgres_url, pool_size=1))
+    ledger = PlainPostgresLedger(small, uuid4(), endings=open_engine(postgres_url, pool_size=1))
     await ledger.heartbeat()
     async with postgres_engine.begin() as outside:
         lock = text("SELECT FROM external_agent_rate_windows WHERE agent_id = :id FOR UPDATE")

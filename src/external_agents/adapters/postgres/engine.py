@@ -83,17 +83,20 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield connection
 
 
-def _require_open(connection: Any, record: object, fairy: object) -> None:
-    """
-    A connection that the server has closed meanwhile is found out without asking the server; the pool makes new ones.
-
-    Else after every restart of the server each of them would fail somebody, in doubt whether anything was done.
-    """
+def is_open(connection: Any) -> bool:
+    """Whether the server has not closed this connection of the driver's; found out without asking the server."""
     try:
         for _ in range(2):  # The first may read no further than the server's last words.
-            connection.driver_connection.pgconn.consume_input()
-    except psycopg.OperationalError as lost:
-        raise InvalidatePoolError from lost
+            connection.pgconn.consume_input()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def _require_open(connection: Any, record: object, fairy: object) -> None:
+    """The pool makes new ones: else after a restart of the server each would fail somebody, in doubt what was done."""
+    if not is_open(connection.driver_connection):
+        raise InvalidatePoolError
 
 
 def connect_args(url: URL) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from psycopg.rows import namedtuple_row
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading
+from external_agents.adapters.postgres.engine import is_open, reading
 from external_agents.adapters.postgres.errors import (
     concerns_everyone,
     is_conflict,
@@ -51,6 +51,7 @@ PATIENCE_S = 5.0
 CALLS_HELD_MAX = 32
 """After so many calls a connection goes back to the pool for a moment, where other shards' queues may wait for it."""
 
+TASK_NAME = "external-agents group commit"
 HELD_IDLE_S = 0.02
 """A connection is kept for so long when nothing waits: to take one from the pool costs as much as a call."""
 
@@ -176,7 +177,7 @@ class GroupCommitter:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # In no caller's context: what it says and does is of everybody's.
-        task = asyncio.create_task(work, context=Context())
+        task = asyncio.create_task(work, context=Context(), name=TASK_NAME)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -191,6 +192,8 @@ class GroupCommitter:
                             for _ in range(CALLS_HELD_MAX):
                                 if not await side.has_more(HELD_IDLE_S if side is self._sides[0] else 0.0):
                                     break
+                                if not is_open(connection):
+                                    raise _Lost
                                 await self._step(connection, waiting)
                 except _Lost:
                     continue
