@@ -249,11 +249,11 @@ async def test_the_heartbeat_and_recovery_go_on_beside_a_flood(
     agent = make_agent(**BUDGET)
     await postgres_agents.create(agent)
     scene = await watched(postgres_engine)
-    flood = asyncio.gather(*(scene.ledger.admit(make_request(agent)) for _ in range(1500)))
+    flood = asyncio.gather(*(scene.ledger.admit(make_request(agent)) for _ in range(3000)))
     beats = 0
     while not flood.done():
         await scene.ledger.heartbeat()
         await scene.ledger.recover()
         beats += 1
-    assert len(await flood) == 1500
-    assert beats > 2
+    assert len(await flood) == 3000
+    assert beats >= 2
