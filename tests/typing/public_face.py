@@ -66,7 +66,7 @@ class HostPolicy:
 
 
 def observe(record: Record) -> None:
-    print(record.at)
+    print(type(record).__name__)
 
 
 async def echo(request: AgentRequest) -> Outcome:
