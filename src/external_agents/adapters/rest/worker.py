@@ -17,6 +17,9 @@ IDLE_SWEEP_S = 0.5
 YOUNG_OBJECTS_MAX = 20_000
 """With 700, Python's default, hundreds of invocations under way are gone through several times each."""
 
+ACCEPTED_AT_ONCE = 1
+"""A turn of the event loop. A worker that empties the queue whenever it looks leaves the others idle for long."""
+
 HELD_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 """May be blocked when a worker begins; see `gunicorn_server`."""
 
@@ -26,6 +29,7 @@ class Worker(ASGIWorker):  # type: ignore[misc]
     Serves like `-k asgi`, and beyond that
 
     - listens with gunicorn's `backlog`; asyncio would listen again, with 100, and drop what a burst brings beyond;
+    - leaves connections to the other workers, too: asyncio would accept a hundred at a time;
     - closes connections that wait for no answer as soon as it drains: they would hold it until they time out, and one
       that never sent anything has no timeout;
     - gives the application's own shutdown what is left of `graceful_timeout`, instead of 30 s;
@@ -62,7 +66,7 @@ class Worker(ASGIWorker):  # type: ignore[misc]
                 self._connections.add(connection)
                 return connection
 
-            server: asyncio.Server = await create_server(tracked, sock=sock, **options)
+            server: asyncio.Server = await create_server(tracked, sock=sock, backlog=ACCEPTED_AT_ONCE, **options)
             sock.listen(self.cfg.backlog)
             return server
 
