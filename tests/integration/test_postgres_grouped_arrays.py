@@ -37,7 +37,7 @@ DATES = st.dates() | st.sampled_from([date.min, date.max, date(2000, 1, 1), date
 ELEMENTS: dict[type[Array], st.SearchStrategy[Any]] = {
     Texts: st.none() | texts() | st.sampled_from(["", "NULL", '{"a",b}', "\\", "\U0010ffff", "ü" * 100]),
     Bytes: st.none() | st.binary(max_size=100) | st.just(b"\0"),
-    Uuids: st.uuids(allow_nil=True),
+    Uuids: st.integers(0, 2**128 - 1),
     Shorts: st.integers(-(2**15), 2**15 - 1),
     Integers: st.none() | st.integers(-(2**31), 2**31 - 1),
     Booleans: st.booleans(),
@@ -78,7 +78,7 @@ async def test_an_array_arrives_as_it_was(
         binary=True,
     )
     found = await rows.fetchall()
-    assert [row[1] for row in found] == values
+    assert [row[1].int if kind is Uuids else row[1] for row in found] == values
     assert {row[2] for row in found} <= {NAMES[kind].replace("timestamptz", "timestamp with time zone") + "[]"}
 
 

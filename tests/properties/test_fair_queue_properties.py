@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from uuid import UUID
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from external_agents.adapters.postgres.grouped.fair_queue import FairQueue, Lane, QueueFull
 
 ORGS = ("a", "b", "B", "a.b")
-LANES: list[Lane] = [(org_id, UUID(int=number)) for org_id in ORGS for number in range(3)]
+LANES: list[Lane] = [(org_id, number) for org_id in ORGS for number in range(3)]
 
 lanes = st.sampled_from(LANES)
 
@@ -136,12 +134,12 @@ def test_another_is_taken_in_time_whatever_floods(floods: list[Lane], capacity: 
     queue: FairQueue[str] = FairQueue(capacity)
     for lane in floods:
         filled(queue, lane)
-    newcomer: Lane = ("newcomer", UUID(int=9))
+    newcomer: Lane = ("newcomer", 9)
     queue.put(newcomer, "it")
     orgs = {lane[0] for lane in floods}
     assert "it" in [queue.take() for _ in range(min(len(queue), len(orgs) + 1))]
 
-    sibling: Lane = (floods[0][0], UUID(int=99))
+    sibling: Lane = (floods[0][0], 99)
     queue.put_back(sibling, "sibling")
     siblings = {lane for lane in floods if lane[0] == sibling[0]}
     assert "sibling" in [queue.take() for _ in range(min(len(queue), len(orgs) * (len(siblings) + 1)))]
@@ -149,20 +147,20 @@ def test_another_is_taken_in_time_whatever_floods(floods: list[Lane], capacity: 
 
 def test_one_agents_flood_leaves_room_for_its_siblings_and_one_organisations_for_the_others() -> None:
     queue: FairQueue[str] = FairQueue(9_000)
-    assert filled(queue, ("a", UUID(int=1))) == 3_000
-    assert filled(queue, ("a", UUID(int=2))) == 1_000
+    assert filled(queue, ("a", 1)) == 3_000
+    assert filled(queue, ("a", 2)) == 1_000
     for number in range(3, 40):
-        filled(queue, ("a", UUID(int=number)))
+        filled(queue, ("a", number))
     assert 4_400 < len(queue) <= 4_500
-    others = [filled(queue, (f"org-{number}", UUID(int=number))) for number in range(1, 6)]
+    others = [filled(queue, (f"org-{number}", number)) for number in range(1, 6)]
     assert min(others) >= 8
     assert len(queue) < 9_000
 
 
 def test_what_is_heavier_than_all_passes_alone() -> None:
     queue: FairQueue[str] = FairQueue(10)
-    queue.put(("a", UUID(int=1)), "whale", 11)
+    queue.put(("a", 1), "whale", 11)
     with pytest.raises(QueueFull):
-        queue.put(("b", UUID(int=1)), "fish", 1)
+        queue.put(("b", 1), "fish", 1)
     assert queue.take() == "whale"
-    queue.put(("b", UUID(int=1)), "fish", 1)
+    queue.put(("b", 1), "fish", 1)

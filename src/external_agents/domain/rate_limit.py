@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
+from itertools import accumulate, compress
 from typing import TypeAlias
 
 import attrs
@@ -116,20 +117,28 @@ class WindowCount:
         if limit == 0:
             return float(window.seconds)
         surplus = self.used - limit + 1
-        for bucket in range(self.head - BUCKETS + 1, self.head + 1):
-            if surplus <= 0:
-                break
-            surplus -= self.counts[bucket % BUCKETS]
-            if surplus <= 0:
+        if surplus <= 0:
+            return 0.0
+        for bucket, leaving in zip(self._buckets, accumulate(self._oldest_first), strict=True):
+            if leaving >= surplus:
                 return leaves_after_s(window, bucket, now_s)
         return 0.0
 
     def oldest_leaves_after_s(self, window: Window, now_s: float) -> float:
         """Seconds until the oldest counted invocation leaves the window; 0 when none is counted."""
-        for bucket in range(self.head - BUCKETS + 1, self.head + 1):
-            if self.counts[bucket % BUCKETS]:
-                return leaves_after_s(window, bucket, now_s)
-        return 0.0
+        oldest = next(compress(self._buckets, self._oldest_first), None)
+        return 0.0 if oldest is None else leaves_after_s(window, oldest, now_s)
+
+    @property
+    def _buckets(self) -> range:
+        """Their numbers, oldest first."""
+        return range(self.head - BUCKETS + 1, self.head + 1)
+
+    @property
+    def _oldest_first(self) -> tuple[int, ...]:
+        """The counts in this order."""
+        oldest = (self.head + 1) % BUCKETS
+        return self.counts[oldest:] + self.counts[:oldest]
 
 
 @attrs.frozen
@@ -212,7 +221,8 @@ class RateWindows:
     def quotas(self, limits: Limits, now_s: float) -> RateQuotas:
         def quota(window: Window, limit: int) -> Quota:
             counts = self[window]
-            wait = counts.free_after_s(window, limit, now_s) if counts.used >= limit else 0.0
-            return Quota(window, limit, counts.used, wait or counts.oldest_leaves_after_s(window, now_s))
+            used = counts.used
+            wait = counts.free_after_s(window, limit, now_s) if used >= limit else 0.0
+            return Quota(window, limit, used, wait or counts.oldest_leaves_after_s(window, now_s))
 
         return RateQuotas(tuple(quota(window, limit) for window, limit in limits.items()))

@@ -13,7 +13,7 @@ from external_agents.domain.agent import AgentStatus, ExternalAgent
 from external_agents.domain.budget import BudgetAccount, Money
 from external_agents.domain.invocation import Attempt, ErrorCode, ExternalAgentInvocation, InvocationStatus
 from external_agents.domain.json_values import JsonText
-from external_agents.domain.rate_limit import RateWindows, Window, WindowCount
+from external_agents.domain.rate_limit import BUCKETS, RateWindows, Window, WindowCount
 
 Row: TypeAlias = RowMapping
 
@@ -161,17 +161,17 @@ def account_of(row: Row) -> BudgetAccount:
 
 
 def windows_values(windows: RateWindows) -> dict[str, Any]:
-    """By WINDOWS_COLUMNS."""
+    """By WINDOWS_COLUMNS. Behind the counts stands their sum."""
     values: dict[str, Any] = {}
     for window in Window:
         values[f"{window.value}_head"] = windows[window].head
-        values[f"{window.value}_counts"] = list(windows[window].counts)
+        values[f"{window.value}_counts"] = [*windows[window].counts, windows[window].used]
     return values
 
 
 def windows_of(row: Row) -> RateWindows:
     return RateWindows(
-        *(WindowCount(row[f"{window.value}_head"], tuple(row[f"{window.value}_counts"])) for window in Window)
+        *(WindowCount(row[f"{window.value}_head"], tuple(row[f"{window.value}_counts"][:BUCKETS])) for window in Window)
     )
 
 

@@ -72,12 +72,12 @@ class Texts(Bytes):
 
 
 class Uuids(Array):
-    """uuid[]"""
+    """uuid[], of their numbers"""
 
     oid, element_oid = 2951, 2950
 
-    def elements(self, values: Sequence[Any]) -> bytes:
-        return b"".join([b"\0\0\0\x10" + value.bytes for value in values])
+    def elements(self, values: Sequence[int]) -> bytes:
+        return b"".join([b"\0\0\0\x10" + value.to_bytes(16, "big") for value in values])
 
 
 class _Fixed(Array):

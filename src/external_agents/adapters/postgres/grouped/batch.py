@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime
 from sys import getsizeof
 from typing import Any, TypeAlias
@@ -43,6 +43,8 @@ from external_agents.ports.rate_limiter import Place
 PARAMETERS = 36
 CALL = f"SELECT * FROM external_agents_commit({', '.join(['%s'] * PARAMETERS)})"  # noqa: S608
 
+_WIDTH = BUCKETS + 1
+"""The counts of a window and their sum."""
 _COUNTED, _PLACED, _REFUSED = 0, 1, 2
 _NOT_FOUND, _STALE, _INACTIVE, _REUSED, _IN_FLIGHT, _RATE_LIMITED, _OVER_BUDGET, _EARLIER = 1, 2, 3, 4, 5, 6, 7, 8
 
@@ -56,8 +58,8 @@ class Earlier:
 
 
 Admitted: TypeAlias = Admission | Earlier
-Account: TypeAlias = tuple[str, UUID, str, date]
-"""An organisation, its agent, a currency and a month."""
+Account: TypeAlias = tuple[str, int, str, date]
+"""An organisation, the number of its agent's id, a currency and a month."""
 
 
 @attrs.define(eq=False)
@@ -65,16 +67,15 @@ class Admitting:
     request: AdmissionRequest
     answer: asyncio.Future[Admitted]
     since_s: float
+    lane: Lane = attrs.field(init=False)
     created_at: datetime = attrs.field(init=False)
     size_bytes: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        agent = self.request.agent
+        self.lane = agent.org_id, agent.id.int
         self.created_at = created_at_of(self.request.invocation_id)
         self.size_bytes = getsizeof(self.request.request.text)
-
-    @property
-    def lane(self) -> Lane:
-        return self.request.org_id, self.request.agent_id
 
 
 @attrs.define(eq=False)
@@ -84,14 +85,13 @@ class Settling:
     finished: ExternalAgentInvocation
     answer: asyncio.Future[bool]
     since_s: float
+    lane: Lane = attrs.field(init=False)
     size_bytes: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.size_bytes = getsizeof(self.finished.response.text) if self.finished.response else 0
-
-    @property
-    def lane(self) -> Lane:
-        return self.finished.org_id, self.finished.external_agent_id
+        finished = self.finished
+        self.lane = finished.org_id, finished.external_agent_id.int
+        self.size_bytes = getsizeof(finished.response.text) if finished.response else 0
 
 
 @attrs.define(eq=False)
@@ -107,7 +107,7 @@ class _Group:
     def account(self) -> Account | None:
         if self.agent.budget_config is None:
             return None
-        return self.agent.org_id, self.agent.id, self.agent.budget.currency, self.month
+        return self.agent.org_id, self.agent.id.int, self.agent.budget.currency, self.month
 
 
 @attrs.define(eq=False)
@@ -117,7 +117,7 @@ class Batch:
     settlings: list[Settling] = attrs.field(factory=list)
     admittings: list[Admitting] = attrs.field(factory=list)
     month: date | None = None
-    _groups: dict[tuple[str, UUID, int, int], _Group] = attrs.field(factory=dict)
+    _groups: dict[tuple[str, int, int, int], _Group] = attrs.field(factory=dict)
     _keys: set[tuple[Lane, str]] = attrs.field(factory=set)
 
     def takes(self, item: Admitting) -> bool:
@@ -132,15 +132,15 @@ class Batch:
         agent, kind = item.request.agent, _kind_of(item.request)
         if self.month not in (None, month):
             return False
-        if kind != _REFUSED and (agent.org_id, agent.id, agent.version, _PLACED - kind) in self._groups:
+        name = (*item.lane, agent.version, kind)
+        group = self._groups.get(name)
+        if group is None and kind != _REFUSED and (*item.lane, agent.version, _PLACED - kind) in self._groups:
             return False
         if (key := item.request.idempotency_key) is not None:
             if (item.lane, key) in self._keys:
                 return False
             self._keys.add((item.lane, key))
         self.month = month
-        name = (agent.org_id, agent.id, agent.version, kind)
-        group = self._groups.get(name)
         if group is None:
             group = self._groups[name] = _Group(agent, kind, month)
         group.items.append(item)
@@ -157,9 +157,11 @@ class Batch:
 
     def parameters(self, instance_id: UUID, lock_wait: str) -> Sequence[Any]:
         groups = self._in_order()
-        finished = [settling.finished for settling in self.settlings]
-        released, charged = [_released(one) for one in finished], [_charged(one) for one in finished]
-        accounts = {*released, *charged, *(group.account for group in groups)} - {None}
+        settled = [_Ended.of(settling.finished) for settling in self.settlings]
+        accounts = {group.account for group in groups}
+        for ended in settled:
+            accounts.add(ended.released)
+            accounts.add(ended.charged)
         ordered: list[Account] = sorted(account for account in accounts if account is not None)
         index: dict[Account | None, int | None] = {account: n for n, account in enumerate(ordered, 1)}
         index[None] = None
@@ -167,13 +169,9 @@ class Batch:
             *(next(self.items).lane[0], lock_wait),
             *(Texts([one[0] for one in ordered]), Uuids([one[1] for one in ordered])),
             *(Texts([one[2] for one in ordered]), Dates([one[3] for one in ordered])),
-            *(Texts([one.org_id for one in finished]), Uuids([one.id for one in finished])),
-            *(Integers([index[one] for one in released]), Integers([index[one] for one in charged])),
-            *_end_columns(finished),
+            *(_settling_columns(settled, index) if settled else _NO_SETTLINGS),
             instance_id,
-            *_group_columns(groups),
-            Integers([index[group.account] for group in groups]),
-            *self._admitting_columns(groups),
+            *(_admitting_columns(groups, index, with_keys=bool(self._keys)) if groups else _NO_ADMITTINGS),
         )
 
     def _in_order(self) -> list[_Group]:
@@ -190,57 +188,73 @@ class Batch:
         elif self.admittings:
             _Verdicts(self._in_order(), row).give()
 
-    def _admitting_columns(self, groups: list[_Group]) -> Iterator[Any]:
-        """Group by group, as `_Verdicts` counts them."""
-        items = [(n, item) for n, group in enumerate(groups, 1) for item in group.items]
-        requests = [item.request for _, item in items]
-        yield Integers([n for n, _ in items])
-        yield Uuids([request.invocation_id for request in requests])
-        yield Texts([request.initiated_by for request in requests])
-        yield Texts([request.request.text for request in requests])
-        yield Texts([request.trace_id for request in requests])
-        yield Texts([storable(request.lineage_hop_id) for request in requests])
-        yield Moments([item.created_at for _, item in items])
-        if self._keys:
-            yield Texts([request.idempotency_key for request in requests])
-            yield Bytes([request.request_hash if request.idempotency_key else None for request in requests])
-        else:
-            yield from (Texts(), Bytes())
+
+@attrs.frozen
+class _Ended:
+    """An invocation, the account that held its reservation, and the one that pays: mostly the same."""
+
+    finished: ExternalAgentInvocation
+    released: Account | None
+    charged: Account | None
+
+    @classmethod
+    def of(cls, finished: ExternalAgentInvocation) -> _Ended:
+        held, paid = finished.reservation, finished.cost
+        released = _account(finished, held.currency) if held else None
+        if paid and released and paid.currency == released[2]:
+            return cls(finished, released, released)
+        return cls(finished, released, _account(finished, paid.currency) if paid else None)
 
 
-def _group_columns(groups: list[_Group]) -> Iterator[Any]:
-    yield Texts([group.agent.org_id for group in groups])
-    yield Uuids([group.agent.id for group in groups])
-    yield Integers([group.agent.version for group in groups])
-    yield Shorts([group.kind for group in groups])
-    yield Integers([len(group.items) for group in groups])
+def _account(finished: ExternalAgentInvocation, currency: str) -> Account:
+    return finished.org_id, finished.external_agent_id.int, currency, budget_month(finished.created_at)
 
 
-def _released(finished: ExternalAgentInvocation) -> Account | None:
-    return _account(finished, finished.reservation)
+_Index: TypeAlias = Mapping[Account | None, int | None]
 
 
-def _charged(finished: ExternalAgentInvocation) -> Account | None:
-    return _account(finished, finished.cost)
-
-
-def _account(finished: ExternalAgentInvocation, money: Money | None) -> Account | None:
-    if money is None:
-        return None
-    return finished.org_id, finished.external_agent_id, money.currency, budget_month(finished.created_at)
-
-
-def _end_columns(finished: Sequence[ExternalAgentInvocation]) -> Iterator[Any]:
-    yield Texts([one.status.value for one in finished])
+def _settling_columns(settled: Sequence[_Ended], index: _Index) -> Iterator[Any]:
+    finished = [ended.finished for ended in settled]
+    yield Texts([one.org_id for one in finished])
+    yield Uuids([one.id.int for one in finished])
+    yield Integers([index[ended.released] for ended in settled])
+    yield Integers([index[ended.charged] for ended in settled])
+    yield Texts([one.status for one in finished])
     yield Texts([one.response.text if one.response else None for one in finished])
     yield Integers([one.response_status for one in finished])
     yield Texts([attempts_text(one.attempts) for one in finished])
     yield Integers([one.execution_time_ms for one in finished])
-    yield Texts([one.error_code.value if one.error_code else None for one in finished])
+    yield Texts([one.error_code for one in finished])
     yield Texts([storable(one.error_message) for one in finished])
     yield Texts([str(one.cost.amount) if one.cost else None for one in finished])
     yield Booleans([one.cost_overrun for one in finished])
     yield Moments([one.completed_at for one in finished])
+
+
+def _admitting_columns(groups: Sequence[_Group], index: _Index, *, with_keys: bool) -> Iterator[Any]:
+    """Group by group, as `_Verdicts` counts them."""
+    yield Texts([group.agent.org_id for group in groups])
+    yield Uuids([group.agent.id.int for group in groups])
+    yield Integers([group.agent.version for group in groups])
+    yield Shorts([group.kind for group in groups])
+    yield Integers([len(group.items) for group in groups])
+    yield Integers([index[group.account] for group in groups])
+    items = [(n, item) for n, group in enumerate(groups, 1) for item in group.items]
+    requests = [item.request for _, item in items]
+    yield Integers([n for n, _ in items])
+    yield Uuids([request.invocation_id.int for request in requests])
+    yield Texts([request.initiated_by for request in requests])
+    yield Texts([request.request.text for request in requests])
+    yield Texts([request.trace_id for request in requests])
+    yield Texts([storable(request.lineage_hop_id) for request in requests])
+    yield Moments([item.created_at for _, item in items])
+    keyed = requests if with_keys else ()
+    yield Texts([request.idempotency_key for request in keyed])
+    yield Bytes([request.request_hash if request.idempotency_key else None for request in keyed])
+
+
+_NO_SETTLINGS = (*_settling_columns((), {}),)
+_NO_ADMITTINGS = (*_admitting_columns((), {}, with_keys=False),)
 
 
 class _Verdicts:
@@ -309,11 +323,14 @@ class _Verdicts:
 
     def _next_windows(self) -> RateWindows:
         """The answer has those of counted groups with limits one after the other."""
-        heads = self._row.g_heads[len(Window) * self._counted :]
-        counts = self._row.g_counts[len(Window) * BUCKETS * self._counted :]
+        first = len(Window) * self._counted
         self._counted += 1
+        counts = self._row.g_counts
         return RateWindows(
-            *(WindowCount(heads[n], tuple(counts[n * BUCKETS : (n + 1) * BUCKETS])) for n in range(len(Window)))
+            *(
+                WindowCount(self._row.g_heads[n], tuple(counts[n * _WIDTH : n * _WIDTH + BUCKETS]))
+                for n in range(first, first + len(Window))
+            )
         )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Generic, TypeAlias, TypeVar
-from uuid import UUID
 
 import attrs
 
 Item = TypeVar("Item")
-Lane: TypeAlias = tuple[str, UUID]
-"""An organisation and one of its agents."""
+Lane: TypeAlias = tuple[str, int]
+"""An organisation, and one of its agents by the number of its id, which takes less time to look up than the id."""
 
 
 @attrs.define
@@ -24,7 +23,7 @@ class _Lane(Generic[Item]):
 
 @attrs.define
 class _Organisation(Generic[Item]):
-    lanes: OrderedDict[UUID, _Lane[Item]] = attrs.field(factory=OrderedDict)
+    lanes: OrderedDict[int, _Lane[Item]] = attrs.field(factory=OrderedDict)
     weight: int = 0
 
 
@@ -79,14 +78,14 @@ class FairQueue(Generic[Item]):
         if not self._size:
             raise IndexError
         org_id, organisation = self._organisations.popitem(last=False)
-        agent_id, lane = organisation.lanes.popitem(last=False)
+        agent_number, lane = organisation.lanes.popitem(last=False)
         item, weight = lane.items.popleft()
         self._size -= 1
         self._weight -= weight
         organisation.weight -= weight
         lane.weight -= weight
         if lane.items:
-            organisation.lanes[agent_id] = lane
+            organisation.lanes[agent_number] = lane
         if organisation.lanes:
             self._organisations[org_id] = organisation
         return item
@@ -94,13 +93,15 @@ class FairQueue(Generic[Item]):
     def remove(self, which: Callable[[Item], bool], lane: Lane | None = None) -> list[Item]:
         """Take out some of the items, of one lane or of all, in their order; the others keep their places."""
         lanes = (
-            [lane] if lane else [(org_id, id) for org_id, known in self._organisations.items() for id in known.lanes]
+            [lane]
+            if lane
+            else [(org_id, number) for org_id, own in self._organisations.items() for number in own.lanes]
         )
         return [item for lane in lanes for item in self._remove(which, *lane)]
 
-    def _remove(self, which: Callable[[Item], bool], org_id: str, agent_id: UUID) -> list[Item]:
+    def _remove(self, which: Callable[[Item], bool], org_id: str, agent_number: int) -> list[Item]:
         organisation = self._organisations.get(org_id)
-        lane = organisation.lanes.get(agent_id) if organisation else None
+        lane = organisation.lanes.get(agent_number) if organisation else None
         if organisation is None or lane is None:
             return []
         gone = [(item, weight) for item, weight in lane.items if which(item)]
@@ -112,7 +113,7 @@ class FairQueue(Generic[Item]):
             self._weight -= weight_gone
             self._size -= len(gone)
         if not lane.items:
-            del organisation.lanes[agent_id]
+            del organisation.lanes[agent_number]
         if not organisation.lanes:
             del self._organisations[org_id]
         return [item for item, _ in gone]

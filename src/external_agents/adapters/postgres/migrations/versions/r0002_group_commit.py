@@ -35,12 +35,14 @@ def upgrade() -> None:
         " autovacuum_vacuum_cost_delay = 0)"
     )
     _move("former", "true, ", "*, status NOT IN ('pending', 'running')")
+    _change_counts("{0} || (SELECT sum(n)::integer FROM unnest({0}) AS n)")
     op.execute(_functions())
 
 
 def downgrade() -> None:
     op.execute("DROP FUNCTION external_agents_commit")
     op.execute("DROP FUNCTION external_agents_advanced")
+    _change_counts("trim_array({0}, 1)")
     op.rename_table(TABLE, "former")
     _drop_names("former")
     op.execute(f"CREATE TABLE {TABLE} (LIKE former) PARTITION BY RANGE (id)")
@@ -82,6 +84,13 @@ def _move(former: str, prefix: str, columns: str) -> None:
         op.execute(f"CREATE TABLE {name} PARTITION OF {TABLE} FOR VALUES FROM ({prefix}'{first}') TO ({prefix}'{end}')")
     op.execute(f"INSERT INTO {TABLE} SELECT {columns} FROM {former}")  # noqa: S608
     op.drop_table(former)
+
+
+def _change_counts(expression: str) -> None:
+    """Of every window of every agent; their sum stands behind them here."""
+    names = [f"{window}_counts" for window in ("minute", "hour", "day")]
+    changes = ", ".join(f"{name} = {expression.format(name)}" for name in names)
+    op.execute(f"UPDATE external_agent_rate_windows SET {changes}")  # noqa: S608
 
 
 def _functions() -> sa.TextClause:

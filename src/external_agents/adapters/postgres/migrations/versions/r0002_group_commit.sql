@@ -1,12 +1,17 @@
--- The counts of a window (51 buckets, that of bucket b at b % 51 + 1) when time has gone on to another bucket.
+-- The counts of a window when time has gone on to another bucket. There are 51, that of bucket b at b % 51 + 1, and
+-- their sum behind them: to add them up at every admission would take a quarter of its time.
 CREATE FUNCTION external_agents_advanced(counts integer[], head bigint, new_head bigint) RETURNS integer[]
 LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+    place integer;
 BEGIN
     IF new_head - head >= 51 THEN
-        RETURN array_fill(0, ARRAY[51]);
+        RETURN array_fill(0, ARRAY[52]);
     END IF;
     FOR bucket IN head + 1 .. new_head LOOP
-        counts[bucket % 51 + 1] := 0;
+        place := bucket % 51 + 1;
+        counts[52] := counts[52] - counts[place];
+        counts[place] := 0;
     END LOOP;
     RETURN counts;
 END
@@ -27,7 +32,8 @@ $$;
 -- g_state: 0 some may have been admitted, else why none was: 1 not found, 2 stale version, 3 inactive.
 -- g_admitted: how many of the group were admitted: the first ones that no earlier invocation answers for.
 -- g_refusal: why the others were not: 6 rate limited, 7 over budget.
--- g_heads, g_counts: the windows after the batch, of the groups of kind 0 that have limits, one after the other.
+-- g_heads, g_counts: the windows after the batch, 52 numbers each, of the groups of kind 0 that have limits, one after
+--      the other.
 -- i_item, i_state, i_invocation_id: admissions for which an earlier invocation answers: 4 its payload was another, 5 it
 --      has not ended, 8 it has.
 --
@@ -35,8 +41,9 @@ $$;
 -- is read when they are held: windows never see time go back, and now() would be the transaction's start, before the
 -- waiting.
 --
--- Every statement finds its row by the whole primary key. Set-based ones were tried: whether they look up each row, or
--- read all that the batch's organisations ever had, depended on statistics.
+-- Every statement finds its rows by the whole primary key, whatever the statistics say: reading, by a lateral subquery
+-- that cannot be pulled up (FOR UPDATE, OFFSET 0); writing, by the conflict of an INSERT; deleting, one by one. A join
+-- was tried: whether it looked up each row, or read all that the batch's organisations ever had, depended on statistics.
 CREATE FUNCTION external_agents_commit(
     routing_org_id text, lock_wait text,
     k_org_id text[], k_agent_id uuid[], k_currency text[], k_month date[],
@@ -57,26 +64,31 @@ SET enable_seqscan = off
 AS $$
 #variable_conflict use_variable
 DECLARE
+    windows external_agent_rate_windows[];
     k_spent numeric[];
     k_reserved numeric[];
+    s_running external_agent_invocations[];
     g_amount numeric[];
-    k record;
-    account record;
+    g_last integer[];
+    taken external_agent_rate_windows[];
+    running external_agent_invocations;
     s record;
     g record;
     a record;
-    filed record;
-    agent record;
     earlier record;
     admits boolean := cardinality(g_agent_id) > 0;
+    its_month date;
     minute_now bigint;
     hour_now bigint;
     day_now bigint;
+    first integer := 1;
+    last integer;
+    item integer;
+    place integer;
     wanted integer;
     admitted integer;
     refusal smallint;
     state smallint;
-    used bigint;
     room bigint;
     affordable numeric;
 BEGIN
@@ -90,75 +102,89 @@ BEGIN
     END IF;
     IF admits THEN
         -- Changes of an agent take the same lock. What is read of the agent behind it, in a new statement, holds.
-        FOR g IN SELECT * FROM unnest(g_org_id, g_agent_id) AS element (org_id, agent_id) LOOP
-            PERFORM FROM external_agent_rate_windows AS held
-            WHERE held.org_id = g.org_id AND held.agent_id = g.agent_id FOR UPDATE;
-        END LOOP;
+        windows := ARRAY(
+            SELECT held.whole
+            FROM unnest(g_org_id, g_agent_id) AS element (org_id, agent_id)
+            LEFT JOIN LATERAL (
+                SELECT this AS whole FROM external_agent_rate_windows AS this
+                WHERE this.org_id = element.org_id AND this.agent_id = element.agent_id FOR UPDATE
+            ) AS held ON true
+        );
     END IF;
-    FOR k IN
-        SELECT * FROM unnest(k_org_id, k_agent_id, k_currency, k_month) AS element (org_id, agent_id, currency, month)
-    LOOP
-        LOOP
-            SELECT held.spent, held.reserved INTO account
-            FROM external_agent_budgets AS held
-            WHERE held.org_id = k.org_id AND held.agent_id = k.agent_id AND held.currency = k.currency
-                AND held.month = k.month
-            FOR UPDATE;
-            EXIT WHEN FOUND;
-            INSERT INTO external_agent_budgets (org_id, agent_id, currency, month, spent, reserved)
-            SELECT owner.org_id, owner.id, k.currency, k.month, 0, 0
-            FROM external_agents AS owner WHERE owner.org_id = k.org_id AND owner.id = k.agent_id
-            ON CONFLICT DO NOTHING;
-            EXIT WHEN NOT EXISTS (
-                SELECT FROM external_agents AS owner WHERE owner.org_id = k.org_id AND owner.id = k.agent_id
-            );
-        END LOOP;
-        k_spent := k_spent || account.spent;
-        k_reserved := k_reserved || account.reserved;
-    END LOOP;
+    IF EXISTS (
+        SELECT
+        FROM unnest(k_org_id, k_agent_id, k_currency, k_month) AS element (org_id, agent_id, currency, month)
+        LEFT JOIN LATERAL (
+            SELECT true AS is_there FROM external_agent_budgets AS this
+            WHERE this.org_id = element.org_id AND this.agent_id = element.agent_id
+                AND this.currency = element.currency AND this.month = element.month
+            OFFSET 0
+        ) AS known ON true
+        WHERE known.is_there IS NULL
+    ) THEN
+        -- Before any account is locked: whoever waits here for another who makes the same one, holds none.
+        INSERT INTO external_agent_budgets (org_id, agent_id, currency, month, spent, reserved)
+        SELECT element.org_id, element.agent_id, element.currency, element.month, 0, 0
+        FROM unnest(k_org_id, k_agent_id, k_currency, k_month) AS element (org_id, agent_id, currency, month)
+        CROSS JOIN LATERAL (
+            SELECT FROM external_agents AS this WHERE this.org_id = element.org_id AND this.id = element.agent_id
+            OFFSET 0
+        ) AS owner
+        ON CONFLICT DO NOTHING;
+    END IF;
+    SELECT array_agg(held.spent), array_agg(held.reserved) INTO k_spent, k_reserved
+    FROM unnest(k_org_id, k_agent_id, k_currency, k_month) AS element (org_id, agent_id, currency, month)
+    LEFT JOIN LATERAL (
+        SELECT this.spent, this.reserved FROM external_agent_budgets AS this
+        WHERE this.org_id = element.org_id AND this.agent_id = element.agent_id
+            AND this.currency = element.currency AND this.month = element.month
+        FOR UPDATE
+    ) AS held ON true;
 
     FOR s IN
-        SELECT *
-        FROM unnest(s_org_id, s_id, s_released, s_charged, s_status, s_response_payload, s_response_status, s_attempts,
-            s_execution_time_ms, s_error_code, s_error_message, s_cost_amount, s_cost_overrun, s_completed_at)
-            AS element (org_id, id, released, charged, status, response_payload, response_status, attempts,
-            execution_time_ms, error_code, error_message, cost_amount, cost_overrun, completed_at)
+        SELECT * FROM unnest(s_org_id, s_id, s_released, s_charged, s_cost_amount)
+            AS element (org_id, id, released, charged, cost_amount)
     LOOP
-        WITH running AS (
-            DELETE FROM external_agent_invocations AS this
-            WHERE this.org_id = s.org_id AND this.id = s.id AND NOT this.ended AND this.status = 'running'
-            RETURNING this.*
-        )
-        INSERT INTO external_agent_invocations AS this (org_id, id, external_agent_id, lineage_hop_id,
-            parent_invocation_id, initiated_by, status, request_payload, response_payload, response_status, attempts,
-            execution_time_ms, error_code, error_message, reservation_amount, reservation_currency, cost_amount,
-            cost_currency, cost_overrun, trace_id, created_at, completed_at, instance_id, ended)
-        SELECT running.org_id, running.id, running.external_agent_id, running.lineage_hop_id,
-            running.parent_invocation_id, running.initiated_by, s.status, running.request_payload,
-            s.response_payload::json, s.response_status, s.attempts::json, s.execution_time_ms, s.error_code,
-            s.error_message, running.reservation_amount, running.reservation_currency, s.cost_amount::numeric,
-            k_currency[s.charged], s.cost_overrun, running.trace_id, running.created_at, s.completed_at,
-            running.instance_id, true
-        FROM running
-        RETURNING this.external_agent_id AS agent_id, this.reservation_amount AS reserved,
-            this.reservation_currency AS currency, date_trunc('month', this.created_at AT TIME ZONE 'UTC')::date AS month
-        INTO filed;
+        DELETE FROM external_agent_invocations AS this
+        WHERE this.org_id = s.org_id AND this.id = s.id AND NOT this.ended AND this.status = 'running'
+        RETURNING this.* INTO running;
         settled := settled || FOUND;
+        s_running := s_running || running;
         CONTINUE WHEN NOT FOUND;
-        IF (filed.reserved IS NOT NULL AND (filed.agent_id, filed.currency, filed.month)
+        its_month := date_trunc('month', running.created_at AT TIME ZONE 'UTC');
+        IF (running.reservation_amount IS NOT NULL
+                AND (running.external_agent_id, running.reservation_currency, its_month)
                 IS DISTINCT FROM (k_agent_id[s.released], k_currency[s.released], k_month[s.released]))
-            OR (s.charged IS NOT NULL AND (filed.agent_id, filed.month)
+            OR (s.charged IS NOT NULL AND (running.external_agent_id, its_month)
                 IS DISTINCT FROM (k_agent_id[s.charged], k_month[s.charged]))
         THEN
             RAISE EXCEPTION 'invocation % is settled as another agent''s, month''s or currency''s than it is', s.id;
         END IF;
-        IF filed.reserved IS NOT NULL THEN
-            k_reserved[s.released] := k_reserved[s.released] - filed.reserved;
+        IF running.reservation_amount IS NOT NULL THEN
+            k_reserved[s.released] := k_reserved[s.released] - running.reservation_amount;
         END IF;
         IF s.charged IS NOT NULL THEN
             k_spent[s.charged] := k_spent[s.charged] + s.cost_amount::numeric;
         END IF;
     END LOOP;
+    IF true = ANY (settled) THEN
+        INSERT INTO external_agent_invocations (org_id, id, external_agent_id, lineage_hop_id, parent_invocation_id,
+            initiated_by, status, request_payload, response_payload, response_status, attempts, execution_time_ms,
+            error_code, error_message, reservation_amount, reservation_currency, cost_amount, cost_currency,
+            cost_overrun, trace_id, created_at, completed_at, instance_id, ended)
+        SELECT this.org_id, this.id, this.external_agent_id, this.lineage_hop_id, this.parent_invocation_id,
+            this.initiated_by, this.new_status, this.request_payload, this.new_response_payload::json,
+            this.new_response_status,
+            this.new_attempts::json, this.new_execution_time_ms, this.new_error_code, this.new_error_message,
+            this.reservation_amount, this.reservation_currency, this.new_cost_amount::numeric,
+            k_currency[this.new_charged], this.new_cost_overrun, this.trace_id, this.created_at,
+            this.new_completed_at, this.instance_id, true
+        FROM unnest(s_charged, s_status, s_response_payload, s_response_status, s_attempts, s_execution_time_ms,
+            s_error_code, s_error_message, s_cost_amount, s_cost_overrun, s_completed_at, s_running) AS this
+            (new_charged, new_status, new_response_payload, new_response_status, new_attempts, new_execution_time_ms,
+            new_error_code, new_error_message, new_cost_amount, new_cost_overrun, new_completed_at)
+        WHERE this.id IS NOT NULL;
+    END IF;
 
     IF admits THEN
         moment := clock_timestamp();
@@ -186,127 +212,126 @@ BEGIN
         END LOOP;
 
         FOR g IN
-            SELECT * FROM unnest(g_org_id, g_agent_id, g_version, g_kind, g_wanted, g_account) WITH ORDINALITY
-                AS element (org_id, agent_id, version, kind, wanted, account, n)
+            SELECT element.*, agent.*
+            FROM unnest(g_org_id, g_agent_id, g_version, g_kind, g_wanted, g_account, windows)
+                AS element (for_org_id, for_agent_id, for_version, kind, wanted, account)
+            LEFT JOIN LATERAL (
+                SELECT this.version, this.status,
+                    (this.rate_limit_config ->> 'requests_per_minute')::numeric AS minute_limit,
+                    (this.rate_limit_config ->> 'requests_per_hour')::numeric AS hour_limit,
+                    (this.rate_limit_config ->> 'requests_per_day')::numeric AS day_limit,
+                    (this.budget_config ->> 'max_cost_per_invocation')::numeric AS amount,
+                    (this.budget_config ->> 'max_monthly_cost')::numeric AS cap
+                FROM external_agents AS this
+                WHERE this.org_id = element.for_org_id AND this.id = element.for_agent_id
+                OFFSET 0
+            ) AS agent ON true
         LOOP
-            SELECT this.version, this.status,
-                (this.rate_limit_config ->> 'requests_per_minute')::numeric AS minute_limit,
-                (this.rate_limit_config ->> 'requests_per_hour')::numeric AS hour_limit,
-                (this.rate_limit_config ->> 'requests_per_day')::numeric AS day_limit,
-                (this.budget_config ->> 'max_cost_per_invocation')::numeric AS amount,
-                (this.budget_config ->> 'max_monthly_cost')::numeric AS cap,
-                held.minute_head, held.minute_counts, held.hour_head, held.hour_counts, held.day_head, held.day_counts
-            INTO agent
-            FROM external_agents AS this
-            JOIN external_agent_rate_windows AS held ON held.org_id = this.org_id AND held.agent_id = this.id
-            WHERE this.org_id = g.org_id AND this.id = g.agent_id;
             state := CASE
-                WHEN agent.status IS NULL OR agent.status = 'deleted' THEN 1 WHEN agent.version <> g.version THEN 2
-                WHEN agent.status <> 'active' THEN 3 ELSE 0
+                WHEN g.agent_id IS NULL OR g.status IS NULL OR g.status = 'deleted' THEN 1
+                WHEN g.version <> g.for_version THEN 2 WHEN g.status <> 'active' THEN 3 ELSE 0
             END;
             admitted := 0;
             refusal := 0;
+            last := first - 1;
             IF state = 0 THEN
                 wanted := g.wanted;
-                IF i_item IS NOT NULL THEN
-                    wanted := wanted - (SELECT count(*) FROM unnest(i_item) AS i (item) WHERE a_group[i.item] = g.n);
-                END IF;
+                FOREACH item IN ARRAY coalesce(i_item, '{}') LOOP
+                    IF item >= first AND item < first + g.wanted THEN
+                        wanted := wanted - 1;
+                    END IF;
+                END LOOP;
                 room := CASE WHEN g.kind = 2 THEN 0 END;
                 IF g.kind = 0 THEN
-                    IF agent.minute_head < minute_now THEN
-                        agent.minute_counts :=
-                            external_agents_advanced(agent.minute_counts, agent.minute_head, minute_now);
-                        agent.minute_head := minute_now;
+                    IF g.minute_head < minute_now THEN
+                        g.minute_counts := external_agents_advanced(g.minute_counts, g.minute_head, minute_now);
+                        g.minute_head := minute_now;
                     END IF;
-                    IF agent.hour_head < hour_now THEN
-                        agent.hour_counts := external_agents_advanced(agent.hour_counts, agent.hour_head, hour_now);
-                        agent.hour_head := hour_now;
+                    IF g.hour_head < hour_now THEN
+                        g.hour_counts := external_agents_advanced(g.hour_counts, g.hour_head, hour_now);
+                        g.hour_head := hour_now;
                     END IF;
-                    IF agent.day_head < day_now THEN
-                        agent.day_counts := external_agents_advanced(agent.day_counts, agent.day_head, day_now);
-                        agent.day_head := day_now;
+                    IF g.day_head < day_now THEN
+                        g.day_counts := external_agents_advanced(g.day_counts, g.day_head, day_now);
+                        g.day_head := day_now;
                     END IF;
-                    IF agent.minute_limit IS NOT NULL THEN
-                        used := (SELECT sum(c) FROM unnest(agent.minute_counts) AS c);
-                        room := agent.minute_limit - used;
-                    END IF;
-                    IF agent.hour_limit IS NOT NULL THEN
-                        used := (SELECT sum(c) FROM unnest(agent.hour_counts) AS c);
-                        room := least(room, agent.hour_limit - used);
-                    END IF;
-                    IF agent.day_limit IS NOT NULL THEN
-                        used := (SELECT sum(c) FROM unnest(agent.day_counts) AS c);
-                        room := least(room, agent.day_limit - used);
-                    END IF;
+                    room := least(g.minute_limit - g.minute_counts[52], g.hour_limit - g.hour_counts[52],
+                        g.day_limit - g.day_counts[52]);
                 END IF;
                 -- Reservations of one agent are equal, so that what can be afforded is a number.
                 affordable := CASE
-                    WHEN agent.cap IS NULL THEN NULL
-                    WHEN agent.amount IS NULL
-                        THEN CASE WHEN k_spent[g.account] + k_reserved[g.account] >= agent.cap THEN 0 END
-                    WHEN agent.amount = 0
-                        THEN CASE WHEN k_spent[g.account] + k_reserved[g.account] > agent.cap THEN 0 END
-                    ELSE greatest(0, div(agent.cap - k_spent[g.account] - k_reserved[g.account], agent.amount))
+                    WHEN g.cap IS NULL THEN NULL
+                    WHEN g.amount IS NULL
+                        THEN CASE WHEN k_spent[g.account] + k_reserved[g.account] >= g.cap THEN 0 END
+                    WHEN g.amount = 0
+                        THEN CASE WHEN k_spent[g.account] + k_reserved[g.account] > g.cap THEN 0 END
+                    ELSE greatest(0, div(g.cap - k_spent[g.account] - k_reserved[g.account], g.amount))
                 END;
                 admitted := greatest(0, least(wanted, room, affordable));
                 IF admitted < wanted THEN
                     refusal := CASE WHEN affordable IS NULL OR room <= affordable THEN 6 ELSE 7 END;
                 END IF;
+                last := last + admitted;
+                FOREACH item IN ARRAY coalesce(i_item, '{}') LOOP
+                    IF item BETWEEN first AND last THEN
+                        last := last + 1;
+                    END IF;
+                END LOOP;
                 IF admitted > 0 AND g.kind = 0 THEN
-                    agent.minute_counts[agent.minute_head % 51 + 1] :=
-                        agent.minute_counts[agent.minute_head % 51 + 1] + admitted;
-                    agent.hour_counts[agent.hour_head % 51 + 1] :=
-                        agent.hour_counts[agent.hour_head % 51 + 1] + admitted;
-                    agent.day_counts[agent.day_head % 51 + 1] :=
-                        agent.day_counts[agent.day_head % 51 + 1] + admitted;
-                    UPDATE external_agent_rate_windows AS held
-                    SET minute_head = agent.minute_head, minute_counts = agent.minute_counts,
-                        hour_head = agent.hour_head, hour_counts = agent.hour_counts,
-                        day_head = agent.day_head, day_counts = agent.day_counts
-                    WHERE held.org_id = g.org_id AND held.agent_id = g.agent_id;
+                    place := g.minute_head % 51 + 1;
+                    g.minute_counts[place] := g.minute_counts[place] + admitted;
+                    g.minute_counts[52] := g.minute_counts[52] + admitted;
+                    place := g.hour_head % 51 + 1;
+                    g.hour_counts[place] := g.hour_counts[place] + admitted;
+                    g.hour_counts[52] := g.hour_counts[52] + admitted;
+                    place := g.day_head % 51 + 1;
+                    g.day_counts[place] := g.day_counts[place] + admitted;
+                    g.day_counts[52] := g.day_counts[52] + admitted;
+                    taken := taken || ROW(g.org_id, g.agent_id, g.minute_head, g.minute_counts, g.hour_head,
+                        g.hour_counts, g.day_head, g.day_counts)::external_agent_rate_windows;
                 END IF;
-                IF admitted > 0 AND agent.amount IS NOT NULL THEN
-                    k_reserved[g.account] := k_reserved[g.account] + admitted * agent.amount;
+                IF admitted > 0 AND g.amount IS NOT NULL THEN
+                    k_reserved[g.account] := k_reserved[g.account] + admitted * g.amount;
                 END IF;
-                IF g.kind = 0 AND coalesce(agent.minute_limit, agent.hour_limit, agent.day_limit) IS NOT NULL THEN
-                    g_heads := g_heads || ARRAY[agent.minute_head, agent.hour_head, agent.day_head];
-                    g_counts := g_counts || agent.minute_counts || agent.hour_counts || agent.day_counts;
+                IF g.kind = 0 AND coalesce(g.minute_limit, g.hour_limit, g.day_limit) IS NOT NULL THEN
+                    g_heads := g_heads || ARRAY[g.minute_head, g.hour_head, g.day_head];
+                    g_counts := g_counts || g.minute_counts || g.hour_counts || g.day_counts;
                 END IF;
             END IF;
+            first := first + g.wanted;
             g_state := g_state || state;
             g_admitted := g_admitted || admitted;
             g_refusal := g_refusal || refusal;
-            g_amount := g_amount || agent.amount;
+            g_amount := g_amount || g.amount;
+            g_last := g_last || last;
         END LOOP;
 
         IF 0 < ANY (g_admitted) THEN
+            INSERT INTO external_agent_rate_windows AS held
+            SELECT * FROM unnest(taken)
+            ON CONFLICT ON CONSTRAINT pk_external_agent_rate_windows DO UPDATE
+            SET minute_head = excluded.minute_head, minute_counts = excluded.minute_counts,
+                hour_head = excluded.hour_head, hour_counts = excluded.hour_counts,
+                day_head = excluded.day_head, day_counts = excluded.day_counts;
             INSERT INTO external_agent_invocations (org_id, id, external_agent_id, lineage_hop_id, initiated_by, status,
                 request_payload, attempts, reservation_amount, reservation_currency, cost_overrun, trace_id, created_at,
                 instance_id)
-            SELECT g_org_id[item.g], item.id, g_agent_id[item.g], item.lineage_hop_id, item.initiated_by, 'running',
-                item.request_payload::json, '[]', g_amount[item.g],
-                CASE WHEN g_amount[item.g] IS NOT NULL THEN k_currency[g_account[item.g]] END, false, item.trace_id,
-                item.created_at, instance
-            FROM (
-                SELECT element.*, row_number() OVER (PARTITION BY element.g ORDER BY element.n) AS place
-                FROM unnest(a_group, a_id, a_initiated_by, a_request_payload, a_trace_id, a_lineage_hop_id,
-                    a_created_at) WITH ORDINALITY
-                    AS element (g, id, initiated_by, request_payload, trace_id, lineage_hop_id, created_at, n)
-                WHERE i_item IS NULL OR element.n <> ALL (i_item)
-            ) AS item
-            WHERE item.place <= g_admitted[item.g];
+            SELECT g_org_id[this.g], this.id, g_agent_id[this.g], this.lineage_hop_id, this.initiated_by, 'running',
+                this.request_payload::json, '[]', g_amount[this.g],
+                CASE WHEN g_amount[this.g] IS NOT NULL THEN k_currency[g_account[this.g]] END, false, this.trace_id,
+                this.created_at, instance
+            FROM unnest(a_group, a_id, a_initiated_by, a_request_payload, a_trace_id, a_lineage_hop_id, a_created_at)
+                WITH ORDINALITY
+                AS this (g, id, initiated_by, request_payload, trace_id, lineage_hop_id, created_at, n)
+            WHERE this.n <= g_last[this.g] AND (i_item IS NULL OR this.n <> ALL (i_item));
             IF cardinality(a_key) > 0 THEN
                 -- What is in the way has expired, or its invocation is gone.
-                INSERT INTO external_agent_idempotency_keys AS kept (org_id, agent_id, key, request_hash, invocation_id,
+                INSERT INTO external_agent_idempotency_keys (org_id, agent_id, key, request_hash, invocation_id,
                     created_at)
-                SELECT g_org_id[item.g], g_agent_id[item.g], item.key, item.request_hash, item.id, moment
-                FROM (
-                    SELECT element.*, row_number() OVER (PARTITION BY element.g ORDER BY element.n) AS place
-                    FROM unnest(a_group, a_id, a_key, a_request_hash) WITH ORDINALITY
-                        AS element (g, id, key, request_hash, n)
-                    WHERE i_item IS NULL OR element.n <> ALL (i_item)
-                ) AS item
-                WHERE item.place <= g_admitted[item.g] AND item.key IS NOT NULL
+                SELECT g_org_id[this.g], g_agent_id[this.g], this.key, this.request_hash, this.id, moment
+                FROM unnest(a_group, a_id, a_key, a_request_hash) WITH ORDINALITY
+                    AS this (g, id, key, request_hash, n)
+                WHERE this.n <= g_last[this.g] AND (i_item IS NULL OR this.n <> ALL (i_item)) AND this.key IS NOT NULL
                 ON CONFLICT ON CONSTRAINT pk_external_agent_idempotency_keys DO UPDATE
                 SET request_hash = excluded.request_hash, invocation_id = excluded.invocation_id,
                     created_at = excluded.created_at;
@@ -314,13 +339,13 @@ BEGIN
         END IF;
     END IF;
 
-    FOR k IN
-        SELECT * FROM unnest(k_org_id, k_agent_id, k_currency, k_month, k_spent, k_reserved)
-            AS element (org_id, agent_id, currency, month, spent, reserved)
-    LOOP
-        UPDATE external_agent_budgets AS held SET spent = k.spent, reserved = k.reserved
-        WHERE held.org_id = k.org_id AND held.agent_id = k.agent_id AND held.currency = k.currency
-            AND held.month = k.month AND (held.spent, held.reserved) IS DISTINCT FROM (k.spent, k.reserved);
-    END LOOP;
+    INSERT INTO external_agent_budgets AS held (org_id, agent_id, currency, month, spent, reserved)
+    SELECT *
+    FROM unnest(k_org_id, k_agent_id, k_currency, k_month, k_spent, k_reserved)
+        AS this (org_id, agent_id, currency, month, spent, reserved)
+    WHERE this.spent IS NOT NULL
+    ON CONFLICT ON CONSTRAINT pk_external_agent_budgets DO UPDATE
+    SET spent = excluded.spent, reserved = excluded.reserved
+    WHERE (held.spent, held.reserved) IS DISTINCT FROM (excluded.spent, excluded.reserved);
 END
 $$;
