@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 from uuid import UUID
 
-from external_agents.adapters.identity.known_keys import KnownKey, KnownKeys
+from external_agents.adapters.identity.known_keys import KEPT_MAX, KnownKey, KnownKeys
 from external_agents.adapters.identity.tokens import ApiKeyToken
 from external_agents.domain.access import PERMISSIONS, Principal
 from external_agents.domain.errors import Fault, Unauthenticated, Unavailable, ValidationError
@@ -59,8 +60,26 @@ class ApiKeyAuthenticator(Authenticator):
         self._known = KnownKeys(store, clock)
         self._hasher = _Hasher(key_ring)
         self._clock = clock
+        # By the digest of the whole token: who presents the same again has proved that it knows the secret.
+        self._proved: OrderedDict[bytes, ApiKey] = OrderedDict()
 
     async def authenticate(self, bearer_token: str) -> Principal:
+        proof = hashlib.sha256(bearer_token.encode()).digest()
+        proved = self._proved.get(proof)
+        if proved is not None and self._holds(proved):
+            return proved.principal
+        key = await self._recognise(bearer_token)
+        self._proved[proof] = key
+        if len(self._proved) > KEPT_MAX:
+            self._proved.popitem(last=False)
+        return key.principal
+
+    def _holds(self, proved: ApiKey) -> bool:
+        """Whether it is still what is known of the key, and need not be read again."""
+        known = self._known.get(proved.id)
+        return known is not None and known.key is proved and self._in_force(proved) and not self._known.is_due(known)
+
+    async def _recognise(self, bearer_token: str) -> ApiKey:
         token = ApiKeyToken.parse(bearer_token)
         if token is None:
             raise _refusal()
@@ -69,7 +88,7 @@ class ApiKeyAuthenticator(Authenticator):
             known = None  # A refusal comes from the store alone.
         if known is None or self._known.is_due(known):
             known = await self._read(token, known)
-        return known.key.principal
+        return known.key
 
     async def _read(self, token: ApiKeyToken, fallback: KnownKey | None) -> KnownKey:
         try:

@@ -95,7 +95,7 @@ class _App(falcon.asgi.App[Request, Response]):
             tally = Tally(self._on_request, incoming, send)
             with self._log_context(request_id=incoming.request_id, trace_id=incoming.trace_id):
                 try:
-                    await super().__call__(incoming.enter(_mended(scope)), incoming.body.opening, tally.send)
+                    await super().__call__(_mended(scope, incoming), incoming.body.opening, tally.send)
                 finally:
                     tally.end()
             await incoming.body.drain()
@@ -106,19 +106,20 @@ class _App(falcon.asgi.App[Request, Response]):
             await super().__call__(scope, receive, send)
 
 
-def _mended(scope: Scope) -> Scope:
+def _mended(scope: Scope, incoming: Incoming) -> Scope:
     """
-    The scope as the framework expects it: the path below the mount point, the query in ASCII.
+    The scope as the framework expects it, and with what is known: the path below the mount point, the query in ASCII.
 
     `path` holds `root_path` in ASGI's present wording and does not in its older one; both are met.
     """
-    mended = scope.copy()
+    mended = incoming.enter(scope)
     root_path = scope.get("root_path", "").rstrip("/")
     below = scope["path"].removeprefix(root_path)
     mended["root_path"] = root_path
     if root_path and (below.startswith("/") or not below):
         mended["path"] = below
-    mended["query_string"] = _NOT_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], scope.get("query_string", b""))
+    query = scope.get("query_string", b"")
+    mended["query_string"] = _NOT_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], query) if query else query
     return mended
 
 

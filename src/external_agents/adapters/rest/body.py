@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import falcon
 
@@ -138,6 +138,7 @@ class RequestBody:
             )
 
 
+@lru_cache(maxsize=64)
 def _is_json(content_type: str) -> bool:
     media_type = _MEDIA_TYPE.fullmatch(content_type)
     if media_type is None:

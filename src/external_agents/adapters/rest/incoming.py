@@ -56,7 +56,7 @@ class Incoming:
         self.trace_id = _trace_id(traceparents) or secrets.token_hex(16)
 
     def enter(self, scope: Scope) -> Scope:
-        """`scope` with this request in it, for `incoming_of`."""
+        """A copy of `scope` with this request in it, for `incoming_of`."""
         return {**scope, _KEY: self}
 
     @property

@@ -19,7 +19,7 @@ from external_agents.domain.json_values import JsonText, JsonValue, dumps
 from external_agents.domain.rate_limit import RateQuotas
 
 Json: TypeAlias = dict[str, Any]
-"""For `orjson.dumps`: beside the usual values it holds fragments of ready JSON text."""
+"""For `orjson.dumps`: beside the usual values it holds UUIDs and fragments of ready JSON text."""
 
 
 def agent_json(agent: ExternalAgent) -> Json:
@@ -59,9 +59,9 @@ def agent_page_json(page: AgentPage) -> Json:
 
 def invocation_json(invocation: ExternalAgentInvocation) -> Json:
     return {
-        "id": str(invocation.id),
+        "id": invocation.id,
         "org_id": invocation.org_id,
-        "external_agent_id": str(invocation.external_agent_id),
+        "external_agent_id": invocation.external_agent_id,
         "lineage_hop_id": invocation.lineage_hop_id,
         "initiated_by": invocation.initiated_by,
         "status": invocation.status.value,
@@ -159,4 +159,5 @@ def _money(money: Money) -> Json:
 
 def _moment(at: datetime) -> str:
     """RFC 3339 in UTC, always with microseconds."""
-    return at.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+    in_utc = at if at.tzinfo is UTC else at.astimezone(UTC)
+    return in_utc.isoformat(timespec="microseconds")[: -len("+00:00")] + "Z"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from uuid import UUID
 
 import attrs
@@ -60,20 +59,9 @@ def idempotency_key_of(req: Request) -> str | None:
     return _text(values[0]).strip(" \t") if len(values) == 1 else ""
 
 
-@contextmanager
-def faults_by_header() -> Iterator[None]:
-    """
-    Calls the faults of values that came in header fields by the fields' names.
-
-    Raises:
-        ValidationError: The same faults.
-    """
-    try:
-        yield
-    except ValidationError as invalid:
-        raise ValidationError(
-            attrs.evolve(fault, path=_HEADERS.get(fault.path, fault.path)) for fault in invalid.errors
-        ) from None
+def with_header_names(invalid: ValidationError) -> ValidationError:
+    """The faults of values that came in header fields, by the fields' names."""
+    return ValidationError(attrs.evolve(fault, path=_HEADERS.get(fault.path, fault.path)) for fault in invalid.errors)
 
 
 def has_version(req: Request, version: int) -> bool:

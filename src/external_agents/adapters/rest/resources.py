@@ -24,15 +24,16 @@ from external_agents.adapters.rest.representations import (
 from external_agents.adapters.rest.requests import (
     demanded_versions,
     document_of,
-    faults_by_header,
     has_version,
     id_of,
     idempotency_key_of,
     lineage_hop_id_of,
     payload_of,
+    with_header_names,
 )
 from external_agents.application.service import ExternalAgentService
 from external_agents.domain.agent import ExternalAgent
+from external_agents.domain.errors import ValidationError
 from external_agents.domain.invocation import InvocationStatus
 
 API_PREFIX = "/api/external-agents"
@@ -95,7 +96,7 @@ class Agent(ServiceResource):
 class Invoke(ServiceResource):
     async def on_post(self, req: Request, resp: Response, agent_id: str) -> None:
         payload = await payload_of(req)
-        with faults_by_header():
+        try:
             invoked = await self._service.invoke(
                 principal_of(req),
                 id_of(agent_id),
@@ -104,6 +105,8 @@ class Invoke(ServiceResource):
                 lineage_hop_id=lineage_hop_id_of(req),
                 idempotency_key=idempotency_key_of(req),
             )
+        except ValidationError as invalid:
+            raise with_header_names(invalid) from None
         if invoked.invocation.status is not InvocationStatus.SUCCEEDED:
             raise AgentFailed.of(invoked)
         resp.set_headers(invoked_headers(invoked))

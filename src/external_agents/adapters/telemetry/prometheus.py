@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,9 @@ from external_agents.ports.observability import (
     ObservabilityManager,
     Record,
 )
+
+GATHERED_S = 0.02
+"""For so long at most an increment may be missing in what other processes show."""
 
 S = TypeVar("S")
 
@@ -54,6 +59,7 @@ class PrometheusObservability(ObservabilityManager, Collector):
             raise ConfigurationError(
                 f"{FOLDER_VARIABLE} must name a folder that this process can write to: {error.strerror}."
             ) from error
+        self._increments = _Increments()
         self._source = WorkerFiles(Path(os.environ[FOLDER_VARIABLE])) if shared else _WithoutCreated(registry)
 
     def _build(self, registry: CollectorRegistry) -> None:
@@ -92,7 +98,7 @@ class PrometheusObservability(ObservabilityManager, Collector):
             status: None: there was no answer.
         """
         path = route or metrics.OTHER
-        self._requests[method, path, metrics.NONE if status is None else str(status)].inc()
+        self._increments.add(self._requests[method, path, metrics.NONE if status is None else str(status)])
         self._request_durations[method, path].observe(duration_s)
 
     @contextmanager
@@ -104,8 +110,10 @@ class PrometheusObservability(ObservabilityManager, Collector):
             yield
         finally:
             logging.getLogger().removeHandler(handler)
+            self._increments.write()
 
     def collect(self) -> Iterable[Family]:
+        self._increments.write()
         return sorted(self._source.collect(), key=lambda family: family.name)
 
     def exposition(self) -> tuple[str, bytes]:
@@ -113,37 +121,72 @@ class PrometheusObservability(ObservabilityManager, Collector):
         return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self)
 
     def _admission(self, record: AdmissionRecord) -> None:
-        self._admissions.inc()
-        self._running.inc()
+        add = self._increments.add
+        add(self._admissions)
+        add(self._running)
         if record.invocation.reservation is not None:
-            self._reservations["made",].inc()
+            add(self._reservations["made",])
 
     def _invocation(self, record: InvocationRecord) -> None:
+        add = self._increments.add
         invocation = record.invocation
         if invocation is None:
             reason = record.refusal if record.refusal in metrics.REFUSALS else metrics.OTHER
-            self._refusals[reason,].inc()
+            add(self._refusals[reason,])
             return
-        self._running.dec()
-        self._ended[invocation.status.value, invocation.error_code or metrics.NONE].inc()
+        add(self._running, -1)
+        add(self._ended[invocation.status, invocation.error_code or metrics.NONE])
         for attempt in invocation.attempts:
-            self._attempts[_outcome(attempt),].inc()
+            add(self._attempts[_outcome(attempt),])
             self._attempt_durations.observe(attempt.duration_ms / 1000)
         if invocation.reservation is not None:
-            self._reservations["released" if invocation.cost is None else "charged",].inc()
+            add(self._reservations["released" if invocation.cost is None else "charged",])
             if invocation.cost_overrun:
-                self._reservations["overrun",].inc()
+                add(self._reservations["overrun",])
 
     def _decision(self, record: DecisionRecord) -> None:
         if not record.filters:
             outcome = "failed" if record.errors else "allowed" if record.allowed else "denied"
-            self._decisions[record.action.value, outcome].inc()
+            self._increments.add(self._decisions[record.action, outcome])
 
     def _batch(self, record: BatchRecord) -> None:
         self._batch_items["admissions",].observe(record.admissions)
         self._batch_items["settlements",].observe(record.settlements)
         self._batch_durations.observe(record.duration_s)
         self._queue.set(record.waiting)
+
+
+class _Increments:
+    """
+    Counts that are written together. In files that processes share, to write one takes longer than all else about it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sums: dict[Counter | Gauge, int] = {}
+        self._writing: asyncio.AbstractEventLoop | None = None
+
+    def add(self, series: Counter | Gauge, count: int = 1) -> None:
+        """It is written soon, by the running event loop; without one at once."""
+        with self._lock:
+            self._sums[series] = self._sums.get(series, 0) + count
+            if self._writing is not None and not self._writing.is_closed():
+                return
+            try:
+                self._writing = asyncio.get_running_loop()
+            except RuntimeError:
+                self._writing = None
+            else:
+                self._writing.call_later(GATHERED_S, self.write)
+                return
+        self.write()
+
+    def write(self) -> None:
+        """What is there so far; from any thread."""
+        with self._lock:
+            sums, self._sums, self._writing = self._sums, {}, None
+        for series, count in sums.items():
+            series.inc(count)
 
 
 class _Series(dict[metrics.Values, S], Generic[S]):
@@ -183,7 +226,7 @@ class _ErrorCounter(logging.Handler):
 
 def _outcome(attempt: Attempt) -> str:
     if attempt.error is not None:
-        return attempt.error.value
+        return attempt.error
     number = (attempt.status or 0) // 100
     return metrics.STATUS_CLASSES[number - 1] if 1 <= number <= len(metrics.STATUS_CLASSES) else metrics.OTHER
 

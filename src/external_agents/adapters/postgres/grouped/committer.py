@@ -168,15 +168,18 @@ class GroupCommitter:
             raise Unavailable(_TOO_MUCH, retry_after_s=1) from None
         if lone:
             self._apart.await_turn(lone)
-        self._start()
+        self._start(self._sides[1 if lone else 0])
 
-    def _start(self) -> None:
+    def _start_all(self) -> None:
         for side in self._sides:
             if side.waiting:
-                side.wake()
-                if side.pumps < side.pumps_max:
-                    side.pumps += 1
-                    self._spawn(self._pump(side))
+                self._start(side)
+
+    def _start(self, side: _Side) -> None:
+        side.wake()
+        if side.pumps < side.pumps_max:
+            side.pumps += 1
+            self._spawn(self._pump(side))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # In no caller's context: what it says and does is of everybody's.
@@ -279,7 +282,7 @@ class GroupCommitter:
             batch.conclude(row)
             if turn.lone:
                 self._shared.put_back(self._apart.went_well(turn.lone, _now_s()))
-                self._start()
+                self._start_all()
             self._tell(batch, left, time.monotonic() - began_s)
         elif isinstance(error, psycopg.Error) and not leaves_doubt(error):
             self._sort_out(error, turn)
@@ -314,7 +317,7 @@ class GroupCommitter:
             return
         if turn.lone is None:
             self._apart.part(items, now_s)
-            self._start()
+            self._start_all()
             return
         self._apart.was_at_fault(turn.lone, now_s, held_up=held_up)
         if len(items) == 1 and not held_up:

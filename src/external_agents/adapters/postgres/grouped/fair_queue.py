@@ -120,8 +120,12 @@ class FairQueue(Generic[Item]):
 
     def _lane(self, lane: Lane, weight: int) -> _Lane[Item]:
         """To be given one more of this weight."""
-        organisation = self._organisations.setdefault(lane[0], _Organisation())
-        own = organisation.lanes.setdefault(lane[1], _Lane())
+        organisation = self._organisations.get(lane[0])
+        if organisation is None:
+            organisation = self._organisations[lane[0]] = _Organisation()
+        own = organisation.lanes.get(lane[1])
+        if own is None:
+            own = organisation.lanes[lane[1]] = _Lane()
         organisation.weight += weight
         own.weight += weight
         self._weight += weight
