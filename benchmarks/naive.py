@@ -4,7 +4,7 @@ The same guarantees row by row: the whole service, and every step a transaction 
     gunicorn … 'benchmarks.naive:create_asgi_app()'
 
 The wiring is the first version's, so that what is later done for speed elsewhere does not move the baseline: API keys
-are read at every call. What the service itself remembers of agents, it remembers here too.
+and agents are read at every call.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ async def _service(settings: Settings) -> AsyncIterator[ExternalAgentService]:
         url_rules=settings.egress_policy,
         clock=clock,
         ids=ids,
+        known_agents_max=0,
         authenticator=_ForgetfulAuthenticator(
             partial(ApiKeyAuthenticator, store=PostgresApiKeys(engine), key_ring=key_ring, clock=clock)
         ),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -33,11 +34,11 @@ class WatchedStore(MemoryApiKeyStore):
         self.lookups = 0
         self.down = False
 
-    async def find(self, key_id: UUID) -> ApiKey | None:
+    async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
         self.lookups += 1
         if self.down:
             raise Unavailable("The store")
-        return await super().find(key_id)
+        return await super().find(*key_ids)
 
 
 class House:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import TypeAlias
 from uuid import UUID
@@ -39,12 +39,12 @@ class WatchedStore(MemoryApiKeyStore):
         self.before: Hook = _nothing
         self.after: Hook = _nothing
 
-    async def find(self, key_id: UUID) -> ApiKey | None:
+    async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
         self.lookups += 1
         await self.before()
-        key = await super().find(key_id)
+        keys = await super().find(*key_ids)
         await self.after()
-        return key
+        return keys
 
 
 async def _nothing() -> None:
@@ -128,6 +128,18 @@ async def test_one_reads_ahead_while_the_others_go_on(house: House) -> None:
     house.clock.advance(FRESH_S - 0.01)
     assert await house.is_let_in(text)
     assert house.store.lookups == 1
+
+
+async def test_keys_that_are_due_soon_are_read_along(house: House) -> None:
+    keys = [await house.issued() for _ in range(3)]
+    house.clock.advance(FRESH_S)
+    for text, _ in keys:
+        assert await house.is_let_in(text)
+    assert house.store.lookups == 1
+    house.clock.advance(FRESH_S)
+    await house.keys.revoke(keys[1][1].id)
+    assert [await house.is_let_in(text) for text, _ in keys] == [True, False, True]
+    assert house.store.lookups == 3, "one for all, and the revoked key's own refusal"
 
 
 async def test_nobody_waits_longer_than_the_key_is_good_for(house: House) -> None:

@@ -119,9 +119,9 @@ class KnownAgents:
             if not _is_small(known):
                 return
             self._kept[key] = known
-            if len(self._kept) > self._known_max:
-                self._kept.popitem(last=False)
         self._kept.move_to_end(key)
+        if len(self._kept) > self._known_max:
+            self._kept.popitem(last=False)
 
 
 def _is_small(known: KnownAgent) -> bool:

@@ -13,7 +13,7 @@ import attrs
 from external_agents.application.access import AccessControl, Witness
 from external_agents.application.invocation import Assignment, InvocationPipeline, Invoked, TaskKeeper
 from external_agents.application.invocation_request import InvocationRequest
-from external_agents.application.known_agents import KnownAgent, KnownAgents
+from external_agents.application.known_agents import KNOWN_MAX, KnownAgent, KnownAgents
 from external_agents.application.parameters import (
     LIMIT_MAX,
     PAGE_MAX,
@@ -66,7 +66,7 @@ class ExternalAgentService:
 
     The constructor takes ports, by keyword; the authenticator is for those who serve it, and hosts that know their
     principals need none. The service does not own them: whoever opened them closes them, after
-    `drain`.
+    `drain`. It remembers at most `known_agents_max` agents that were invoked before, and what they are to receive.
 
     Raises:
         PermissionDenied: The policies do not allow it. From every method.
@@ -89,6 +89,7 @@ class ExternalAgentService:
         ids: IdSource,
         authenticator: Authenticator | None = None,
         catalog: Catalog = BUILT_IN,
+        known_agents_max: int = KNOWN_MAX,
     ) -> None:
         self.authenticator = authenticator
         self.catalog = catalog
@@ -101,7 +102,7 @@ class ExternalAgentService:
         self._access = AccessControl(policy, clock, self._witness)
         self._agents = VisibleAgents(agent_reader, self._access)
         self._registrar = Registrar(catalog, url_rules, secret_box)
-        self._known = KnownAgents(agent_reader, self._access, self._registrar.credentials)
+        self._known = KnownAgents(agent_reader, self._access, self._registrar.credentials, known_max=known_agents_max)
         self._tasks = TaskKeeper()
         self._pipeline = InvocationPipeline(
             ledger=ledger, transport=transport, clock=clock, ids=ids, witness=self._witness, tasks=self._tasks

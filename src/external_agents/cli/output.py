@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from uuid import UUID
 
 import orjson
 from rich.console import Console
 from rich.table import Table
 
-from external_agents.domain.json_values import JsonValue
+from external_agents.adapters.rest.representations import Json, encoded
 
 
 def complain(line: str) -> None:
@@ -22,9 +24,9 @@ def note(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def show_json(value: JsonValue) -> None:
+def show_json(value: Json | Sequence[Json]) -> None:
     """One JSON document, on one line: line ends that payloads brought along are white space between tokens."""
-    print(orjson.dumps(value).decode().replace("\r", " ").replace("\n", " "))
+    print(encoded(value).decode().replace("\r", " ").replace("\n", " "))
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -38,11 +40,13 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table)
 
 
-def show_fields(fields: Mapping[str, JsonValue]) -> None:
+def show_fields(fields: Json) -> None:
     """Names and values, one a line; what is no text as JSON."""
     width = max(map(len, fields))
     for name, value in fields.items():
-        print(f"{name:<{width}}  {_plain(value if isinstance(value, str) else orjson.dumps(value).decode())}")
+        shown = encoded(value).decode()
+        is_text = isinstance(value, str | UUID | datetime)
+        print(f"{name:<{width}}  {_plain(orjson.loads(shown) if is_text else shown)}")
 
 
 def _plain(text: str) -> str:

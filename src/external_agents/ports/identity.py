@@ -59,7 +59,9 @@ class ApiKeyStore(Protocol):
     async def add(self, key: ApiKey) -> None: ...
 
     @abstractmethod
-    async def find(self, key_id: UUID) -> ApiKey | None: ...
+    async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
+        """Those of these keys that there are, revoked and expired ones included, in any order."""
+        ...
 
     @abstractmethod
     async def list(self, org_id: str) -> Sequence[ApiKey]:

@@ -64,7 +64,7 @@ class ApiKeyAuthenticator(Authenticator):
         self._proved: OrderedDict[bytes, ApiKey] = OrderedDict()
 
     async def authenticate(self, bearer_token: str) -> Principal:
-        proof = hashlib.sha256(bearer_token.encode()).digest()
+        proof = hashlib.sha256(bearer_token.encode("utf-8", "surrogatepass")).digest()
         proved = self._proved.get(proof)
         if proved is not None and self._holds(proved):
             return proved.principal

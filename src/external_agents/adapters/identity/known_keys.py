@@ -9,6 +9,7 @@ them waits, and a thousand of them ask the store once.
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 from uuid import UUID
 
 import attrs
@@ -22,6 +23,9 @@ KEPT_S = 1.9
 """Less than the 2 s that are promised, by what a busy event loop may need to get to a request."""
 FRESH_S = 1.0
 """From then on it is read again ahead."""
+ALONG_S = 0.5
+"""From then on it is read along with another."""
+ALONG_MAX = 500
 
 
 @attrs.frozen
@@ -89,7 +93,25 @@ class KnownKeys:
 
     async def _read(self, key_id: UUID) -> KnownKey | None:
         began_s = self._clock.monotonic_s()
-        key = await self._store.find(key_id)
+        along = self._due_soon(key_id, began_s)
+        found = {key.id: key for key in await self._store.find(key_id, *along)}
+        for id in along:
+            self._renew(id, found.get(id), began_s)
+        key = found.get(key_id)
         if key is None or key.revoked_at is not None:
             self._kept.pop(key_id, None)
         return None if key is None else KnownKey(key, began_s)
+
+    def _due_soon(self, key_id: UUID, now_s: float) -> list[UUID]:
+        """Others, which are read along: else a hundred organisations cost a hundred reads a second."""
+        soon = (id for id, known in self._kept.items() if id != key_id and now_s - known.read_s >= ALONG_S)
+        return list(islice(soon, ALONG_MAX))
+
+    def _renew(self, key_id: UUID, key: ApiKey | None, read_s: float) -> None:
+        kept = self._kept.get(key_id)
+        if kept is None or kept.read_s >= read_s:
+            return
+        if key is None or key.revoked_at is not None:
+            del self._kept[key_id]
+        else:
+            self._kept[key_id] = KnownKey(kept.key if kept.key == key else key, read_s)

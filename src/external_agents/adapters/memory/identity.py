@@ -22,8 +22,8 @@ class MemoryApiKeyStore(ApiKeyStore):
     async def add(self, key: ApiKey) -> None:
         self._keys[key.id] = key
 
-    async def find(self, key_id: UUID) -> ApiKey | None:
-        return self._keys.get(key_id)
+    async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
+        return [self._keys[key_id] for key_id in key_ids if key_id in self._keys]
 
     async def list(self, org_id: str) -> Sequence[ApiKey]:
         keys = [key for key in self._keys.values() if key.principal.org_id == org_id]

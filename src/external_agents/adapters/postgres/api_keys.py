@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import RowMapping, func, insert, select, update
+from sqlalchemy import ARRAY, RowMapping, Select, Uuid, any_, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.columns import config_of, config_text
@@ -28,19 +28,12 @@ class PostgresApiKeys(ApiKeyStore):
             async with self._engine.begin() as connection:
                 await connection.execute(insert(api_keys).values(_values(key)))
 
-    async def find(self, key_id: UUID) -> ApiKey | None:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                found = await connection.execute(select(api_keys).where(api_keys.c.id == key_id))
-                row = found.mappings().one_or_none()
-        return None if row is None else _key_of(row)
+    async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
+        return await self._select(select(api_keys).where(api_keys.c.id == any_(literal(list(key_ids), ARRAY(Uuid)))))
 
     async def list(self, org_id: str) -> Sequence[ApiKey]:
         newest_first = (api_keys.c.created_at.desc(), api_keys.c.id.desc())
-        statement = select(api_keys).where(api_keys.c.org_id == org_id).order_by(*newest_first)
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return [_key_of(row) for row in (await connection.execute(statement)).mappings()]
+        return await self._select(select(api_keys).where(api_keys.c.org_id == org_id).order_by(*newest_first))
 
     async def revoke(self, key_id: UUID, at: datetime) -> bool:
         statement = (
@@ -52,6 +45,11 @@ class PostgresApiKeys(ApiKeyStore):
         with translate_errors():
             async with self._engine.begin() as connection:
                 return await connection.scalar(statement) is not None
+
+    async def _select(self, statement: Select[Any]) -> Sequence[ApiKey]:
+        with translate_errors():
+            async with self._reading.connect() as connection:
+                return [_key_of(row) for row in (await connection.execute(statement)).mappings()]
 
 
 def _values(key: ApiKey) -> dict[str, Any]:

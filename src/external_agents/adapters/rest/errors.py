@@ -8,11 +8,10 @@ from typing import Any
 
 import attrs
 import falcon
-import orjson
 from falcon.asgi import Request, Response
 
 from external_agents.adapters.rest.incoming import Incoming, incoming_of
-from external_agents.adapters.rest.representations import Json, invocation_json, invoked_headers, quota_headers
+from external_agents.adapters.rest.representations import Json, encoded, invocation_json, invoked_headers, quota_headers
 from external_agents.application.invocation import Invoked
 from external_agents.domain import errors as library
 from external_agents.domain import refusals
@@ -176,7 +175,7 @@ async def answer_error(req: Request, resp: Response, error: Exception, params: M
         _log.error("%s %s failed (request %s)", req.method, req.uri_template, incoming.request_id, exc_info=error)
     resp.status = kind.status
     resp.content_type = PROBLEM_MEDIA_TYPE
-    resp.data = orjson.dumps(
+    resp.data = encoded(
         {
             "type": kind.type,
             "title": kind.title,

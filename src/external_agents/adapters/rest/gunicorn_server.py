@@ -65,6 +65,7 @@ class GunicornServer(BaseApplication):  # type: ignore[misc]
             "graceful_timeout": self._options.graceful_timeout_s,
             "keepalive": KEEPALIVE_S,
             "asgi_lifespan": "on",
+            "asgi_loop": "asyncio",  # What else is installed must not choose another one, which nobody has tried.
             "control_socket_disable": True,
             "loglevel": "warning",
             "worker_tmp_dir": str(MEMORY_FOLDER) if os.access(MEMORY_FOLDER, os.W_OK) else None,

@@ -19,7 +19,11 @@ from external_agents.domain.json_values import JsonText, JsonValue, dumps
 from external_agents.domain.rate_limit import RateQuotas
 
 Json: TypeAlias = dict[str, Any]
-"""For `orjson.dumps`: beside the usual values it holds UUIDs and fragments of ready JSON text."""
+"""For `encoded`: beside the usual values it holds UUIDs, times and fragments of ready JSON text."""
+
+
+def encoded(document: object) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_UTC_Z)
 
 
 def agent_json(agent: ExternalAgent) -> Json:
@@ -157,7 +161,9 @@ def _money(money: Money) -> Json:
     return {"amount": money.plain_amount, "currency": money.currency}
 
 
-def _moment(at: datetime) -> str:
-    """RFC 3339 in UTC, always with microseconds."""
+def _moment(at: datetime) -> datetime | str:
+    """RFC 3339 in UTC, always with microseconds: orjson writes them in a tenth of the time, but leaves zeros out."""
+    if at.tzinfo is UTC and at.microsecond:
+        return at
     in_utc = at if at.tzinfo is UTC else at.astimezone(UTC)
     return in_utc.isoformat(timespec="microseconds")[: -len("+00:00")] + "Z"

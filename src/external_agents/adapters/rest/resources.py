@@ -6,7 +6,6 @@ from functools import cached_property, partial
 from typing import ClassVar
 
 import falcon
-import orjson
 from falcon.asgi import Request, Response
 
 from external_agents.adapters.rest.errors import AgentFailed
@@ -16,6 +15,7 @@ from external_agents.adapters.rest.representations import (
     Json,
     agent_json,
     agent_page_json,
+    encoded,
     invocation_json,
     invocation_page_json,
     invoked_headers,
@@ -159,7 +159,7 @@ def api_routes(service: ExternalAgentService) -> dict[str, Resource]:
 
 def show(resp: Response, document: Json) -> None:
     resp.content_type = falcon.MEDIA_JSON
-    resp.data = orjson.dumps(document)
+    resp.data = encoded(document)
 
 
 def show_agent(resp: Response, agent: ExternalAgent) -> None:
