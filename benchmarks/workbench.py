@@ -133,8 +133,9 @@ class Variant:
         requests = [call_of(agent) for agent in site.estate.agents if not agent.shut]
         return cls(name=name, bench=bench, server=server, requests=requests, path=site.path, site=site)
 
-    def warm_up(self, connections: int) -> None:
-        self._load(connections=connections, seconds=min(WARM_UP_S, self.bench.plan.seconds))
+    def warm_up(self, connections: int, seconds: float = WARM_UP_S) -> None:
+        """For so long, and never longer than three rounds."""
+        self._load(connections=connections, seconds=min(seconds, 3 * self.bench.plan.seconds))
 
     def round(self, what: str = "", *, connections: int, **job: Any) -> Round:
         """One measured round; `job` is what the load generator takes beside."""
@@ -350,10 +351,12 @@ def workbench(plan: Plan, tell: Callable[[str], None], folder: Path | None = Non
         shutil.rmtree(own)
 
 
-def interleaved(bench: Workbench, *variants: Variant, connections: int, **job: Any) -> None:
+def interleaved(
+    bench: Workbench, *variants: Variant, connections: int, warm_up_s: float = WARM_UP_S, **job: Any
+) -> None:
     """Warm every variant up, then `rounds` times one round of each."""
     for variant in variants:
-        variant.warm_up(connections)
+        variant.warm_up(connections, warm_up_s)
     bench.checkpoint()
     for number in range(bench.plan.rounds):
         rates = []

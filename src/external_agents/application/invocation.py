@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 from uuid import UUID
@@ -99,7 +100,7 @@ class InvocationPipeline:
         self._ids = ids
         self._witness = witness
         self._tasks = tasks
-        self._settle_patience_s = settle_patience_s
+        self._patience = _Patience(settle_patience_s)
 
     async def carry_out(self, assignment: Assignment) -> Invoked:
         """
@@ -213,8 +214,8 @@ class InvocationPipeline:
     async def _settle(
         self, running: ExternalAgentInvocation, finished: ExternalAgentInvocation, answer: asyncio.Future[Invoked]
     ) -> ExternalAgentInvocation:
-        # A timer of the loop's beside it, because a settlement may hang as well as fail; it costs no task.
-        patience = asyncio.get_running_loop().call_later(self._settle_patience_s, _lose_patience, answer, finished.id)
+        # Beside it, because a settlement may hang as well as fail.
+        caller = self._patience.begin(answer, finished.id)
         pause_s = 0.1
         try:
             while True:
@@ -229,11 +230,54 @@ class InvocationPipeline:
                 await self._clock.sleep(pause_s)
                 pause_s = min(2.0, pause_s * 2)
         finally:
-            patience.cancel()
+            caller.answer = None
 
 
-def _lose_patience(answer: asyncio.Future[Invoked], invocation_id: UUID) -> None:
-    _answer(answer, Unavailable("The ledger", invocation_id=invocation_id))
+@attrs.define(eq=False)
+class _Caller:
+    """Who waits for an invocation to be settled; `answer`: None once it is."""
+
+    answer: asyncio.Future[Invoked] | None
+    invocation_id: UUID
+    until_s: float
+
+
+class _Patience:
+    """
+    Answers callers who have waited for so long.
+
+    All wait equally long, so that the first to begin is the first to be answered, and one timer serves all.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._callers: deque[_Caller] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self, answer: asyncio.Future[Invoked], invocation_id: UUID) -> _Caller:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # The first, or the loop before has ended with all its callers.
+            self._callers.clear()
+        caller = _Caller(answer, invocation_id, loop.time() + self._wait_s)
+        self._callers.append(caller)
+        if self._loop is not loop:
+            self._loop = loop
+            self._await_first(loop)
+        return caller
+
+    def _await_first(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_at(self._callers[0].until_s, self._run_out, loop)
+
+    def _run_out(self, loop: asyncio.AbstractEventLoop) -> None:
+        callers, now_s = self._callers, loop.time()
+        while callers and (callers[0].answer is None or callers[0].until_s <= now_s):
+            caller = callers.popleft()
+            if caller.answer is not None:
+                _answer(caller.answer, Unavailable("The ledger", invocation_id=caller.invocation_id))
+        if callers:
+            self._await_first(loop)
+        else:
+            self._loop = None
 
 
 def _answer(future: asyncio.Future[Invoked], result: Invoked | Exception) -> None:

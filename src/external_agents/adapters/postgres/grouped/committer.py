@@ -35,17 +35,12 @@ from external_agents.adapters.postgres.grouped.arrays import register_arrays
 from external_agents.adapters.postgres.grouped.batch import CALL, Admitted, Admitting, Batch, Settling
 from external_agents.adapters.postgres.grouped.fair_queue import QueueFull
 from external_agents.adapters.postgres.grouped.lines import BATCH_MAX, Lines
+from external_agents.application.gathering import gather_newcomers
 from external_agents.domain.errors import AdmissionInDoubt, Unavailable
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import AdmissionRequest
 from external_agents.ports.observability import BatchRecord
 
-QUIET_TURNS_MAX = 10
-"""
-A batch goes once the event loop has turned so often without a newcomer: while the process has other things to do, more
-come, and an idle loop turns at once. From a request's bytes to its admission take four or five turns.
-"""
-GATHERING_MAX_S = 0.01
 SHARED_LOCK_WAIT_S = 0.5
 """What a batch waits for a lock. Then its agents go on each by itself, so that the one that is held up is alone."""
 APART_AT_ONCE = 2
@@ -235,7 +230,7 @@ class GroupCommitter:
             lone = waiting.next_turn()
             turn = _Turn(lone.lines.next_batch(lone.batch_max), lone)
         else:
-            await self._gather()
+            await gather_newcomers(self._shared.__len__, others=self._in_flight() - 1, enough=BATCH_MAX)
             turn = _Turn(waiting.next_batch())
         try:
             if turn.batch:
@@ -246,16 +241,6 @@ class GroupCommitter:
         finally:
             if turn.lone:
                 self._apart.end_turn(turn.lone)
-
-    async def _gather(self) -> None:
-        """Let those come who are on their way; nobody else is when a single invocation is under way."""
-        until_s = _now_s() + GATHERING_MAX_S
-        quiet_max = min(QUIET_TURNS_MAX, self._in_flight() - 1)
-        quiet, size = 0, len(self._shared)
-        while quiet < quiet_max and size < BATCH_MAX and _now_s() < until_s:
-            await asyncio.sleep(0)
-            quiet = 0 if len(self._shared) > size else quiet + 1
-            size = len(self._shared)
 
     async def _carry(self, connection: psycopg.AsyncConnection[Any], turn: _Turn, waiting: Lines | Apart) -> None:
         batch = turn.batch
