@@ -23,7 +23,6 @@ from external_agents.adapters.redis.windows import (
     take,
     with_source,
 )
-from external_agents.application.gathering import gather_newcomers
 from external_agents.domain.errors import Unavailable
 from external_agents.domain.rate_limit import Limits
 from external_agents.domain.refusals import RateLimited
@@ -69,7 +68,6 @@ class RedisRateLimiter(RateLimiter):
         self._connection = connection
         self._questions: dict[_Question, _Callers] = {}
         self._waiting = 0
-        self._last_size = 0
         self._sender: asyncio.Task[None] | None = None
         self._warned_at_s = float("-inf")
 
@@ -115,13 +113,9 @@ class RedisRateLimiter(RateLimiter):
         batch: list[tuple[_Question, _Callers]] = []
         try:
             while self._questions:
-                # As many as came the last time may come again.
-                others = self._last_size - self._waiting
-                await gather_newcomers(lambda: self._waiting, others=others, enough=WAITING_MAX)
                 batch = [(question, self._questions.pop(question)) for question in self._next()]
-                self._last_size = sum(len(callers) for _, callers in batch)
                 await self._carry_out(batch)
-                self._waiting -= self._last_size
+                self._waiting -= sum(len(callers) for _, callers in batch)
         except Exception:
             _log.exception("the rate limiter failed")
         finally:

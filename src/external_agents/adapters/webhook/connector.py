@@ -24,6 +24,8 @@ LIFETIME_MAX_S = 60.0
 """So that a name that has moved is noticed, however busy the connection is."""
 
 READ_BYTES = 16 * 1024
+_BUFFER = memoryview(bytearray(READ_BYTES))
+"""For all connections: what was read into it is taken out before the event loop turns to another."""
 
 
 class GuardedConnector(aiohttp.TCPConnector):
@@ -72,7 +74,6 @@ class _Gate(asyncio.BufferedProtocol):
         self._transport = transport
         self._protocol = protocol
         self._born_s = asyncio.get_running_loop().time()
-        self._buffer = memoryview(bytearray(READ_BYTES))
         self._journey: Journey | None = None
 
     @property
@@ -89,13 +90,13 @@ class _Gate(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
+        return _BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._transport.is_closing():
             return
         if self._journey is not None and self._journey.takes(nbytes):
-            self._protocol.data_received(bytes(self._buffer[:nbytes]))
+            self._protocol.data_received(bytes(_BUFFER[:nbytes]))
         else:
             self._transport.abort()
 
