@@ -49,7 +49,9 @@ def fairness(bench: Workbench) -> Outcome:
 
 
 def _alone(variant: Variant, call: str) -> Round:
-    return variant.round("alone", connections=CALLERS, requests=[call], pace_s=PACE_S, seconds=variant.bench.plan.seconds)
+    return variant.round(
+        "alone", connections=CALLERS, requests=[call], pace_s=PACE_S, seconds=variant.bench.plan.seconds
+    )
 
 
 def _beside(variant: Variant, call: str, what: str, flood: str, expected: Sequence[str]) -> Round:

@@ -15,8 +15,11 @@ from gunicorn.workers.gasgi import ASGIWorker  # type: ignore[import-untyped]
 
 PR_SET_PDEATHSIG = 1
 IDLE_SWEEP_S = 0.5
-YOUNG_OBJECTS_MAX = 20_000
-"""With 700, Python's default, hundreds of invocations under way are gone through several times each."""
+GARBAGE_THRESHOLDS = (20_000, 2, 2)
+"""
+With 700 young objects, Python's default, hundreds of invocations under way are gone through several times each. The older
+generations come sooner in return: a connection that is over is of the oldest.
+"""
 
 ACCEPTED_AT_ONCE = 1
 """A turn of the event loop. A worker that empties the queue whenever it looks leaves the others idle for long."""
@@ -70,9 +73,11 @@ class Worker(ASGIWorker):  # type: ignore[misc]
     def load_wsgi(self) -> None:
         """The application is there to stay: the garbage collector need not look at it again and again."""
         super().load_wsgi()
+        # It notes what it finds in the class that it is called on, and looks for it in this one.
+        ASGIProtocol._check_h1c_protocol_available()
         gc.collect()
         gc.freeze()
-        gc.set_threshold(YOUNG_OBJECTS_MAX)
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
 
     def init_signals(self) -> None:
         super().init_signals()
