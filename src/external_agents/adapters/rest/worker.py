@@ -17,8 +17,8 @@ PR_SET_PDEATHSIG = 1
 IDLE_SWEEP_S = 0.5
 GARBAGE_THRESHOLDS = (20_000, 2, 2)
 """
-With 700 young objects, Python's default, hundreds of invocations under way are gone through several times each. The older
-generations come sooner in return: a connection that is over is of the oldest.
+With 700 young objects, Python's default, hundreds of invocations under way are gone through several times each. The
+older generations come sooner in return: a connection that is over is of the oldest.
 """
 
 ACCEPTED_AT_ONCE = 1
