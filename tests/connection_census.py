@@ -1,8 +1,9 @@
-"""An ASGI app that answers with the number of connections that its process still knows."""
+"""An ASGI app that answers with the id of its process, and the number of connections that this still knows."""
 
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 
 from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
@@ -16,5 +17,5 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         return
     gc.collect()
     known = sum(isinstance(thing, ASGIProtocol) for thing in gc.get_objects())
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]})
-    await send({"type": "http.response.body", "body": b"%8d" % known})
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"17")]})
+    await send({"type": "http.response.body", "body": b"%8d %8d" % (os.getpid(), known)})

@@ -256,17 +256,13 @@ class _Patience:
 
     def begin(self, answer: asyncio.Future[Invoked], invocation_id: UUID) -> _Caller:
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # The first, or the loop before has ended with all its callers.
-            self._callers.clear()
         caller = _Caller(answer, invocation_id, loop.time() + self._wait_s)
-        self._callers.append(caller)
-        if self._loop is not loop:
+        if self._loop is not loop:  # The first, or the loop before has ended with all its callers.
             self._loop = loop
-            self._await_first(loop)
+            self._callers.clear()
+            loop.call_at(caller.until_s, self._run_out, loop)
+        self._callers.append(caller)
         return caller
-
-    def _await_first(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_at(self._callers[0].until_s, self._run_out, loop)
 
     def _run_out(self, loop: asyncio.AbstractEventLoop) -> None:
         callers, now_s = self._callers, loop.time()
@@ -275,7 +271,7 @@ class _Patience:
             if caller.answer is not None:
                 _answer(caller.answer, Unavailable("The ledger", invocation_id=caller.invocation_id))
         if callers:
-            self._await_first(loop)
+            loop.call_at(callers[0].until_s, self._run_out, loop)
         else:
             self._loop = None
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from uuid import UUID
 
-import orjson
 from rich.console import Console
 from rich.table import Table
 
@@ -44,9 +43,10 @@ def show_fields(fields: Json) -> None:
     """Names and values, one a line; what is no text as JSON."""
     width = max(map(len, fields))
     for name, value in fields.items():
-        shown = encoded(value).decode()
-        is_text = isinstance(value, str | UUID | datetime)
-        print(f"{name:<{width}}  {_plain(orjson.loads(shown) if is_text else shown)}")
+        shown = value if isinstance(value, str) else encoded(value).decode()
+        if isinstance(value, UUID | datetime):
+            shown = shown.strip('"')
+        print(f"{name:<{width}}  {_plain(shown)}")
 
 
 def _plain(text: str) -> str:

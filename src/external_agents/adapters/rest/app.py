@@ -118,8 +118,7 @@ def _mended(scope: Scope, incoming: Incoming) -> Scope:
     mended["root_path"] = root_path
     if root_path and (below.startswith("/") or not below):
         mended["path"] = below
-    query = scope.get("query_string", b"")
-    mended["query_string"] = _NOT_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], query) if query else query
+    mended["query_string"] = _NOT_ASCII.sub(lambda byte: b"%%%02X" % byte[0][0], scope.get("query_string", b""))
     return mended
 
 

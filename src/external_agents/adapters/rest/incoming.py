@@ -52,9 +52,8 @@ class Incoming:
                 request_ids.append(value)
             elif name == b"traceparent":
                 traceparents.append(value)
-        new = secrets.token_hex(32)
-        self.request_id = _request_id(request_ids) or new[:32]
-        self.trace_id = _trace_id(traceparents) or new[32:]
+        self.request_id = _request_id(request_ids) or secrets.token_hex(16)
+        self.trace_id = _trace_id(traceparents) or secrets.token_hex(16)
 
     def enter(self, scope: Scope) -> Scope:
         """A copy of `scope` with this request in it, for `incoming_of`."""

@@ -88,7 +88,7 @@ class Worker(ASGIWorker):  # type: ignore[misc]
         self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         create_server = self.loop.create_server
 
-        async def create_deep_server(protocol_factory: Any, *, sock: Any, **options: Any) -> asyncio.Server:
+        async def create_deep_server(_factory: Any, *, sock: Any, **options: Any) -> asyncio.Server:
             def tracked() -> _Connection:
                 connection = _Connection(self)
                 self._connections.add(connection)

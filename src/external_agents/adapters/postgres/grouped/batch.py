@@ -157,11 +157,10 @@ class Batch:
 
     def parameters(self, instance_id: UUID, lock_wait: str) -> Sequence[Any]:
         groups = self._in_order()
-        settled = [_Ended.of(settling.finished) for settling in self.settlings]
-        accounts = {group.account for group in groups}
-        for ended in settled:
-            accounts.add(ended.released)
-            accounts.add(ended.charged)
+        finished = [settling.finished for settling in self.settlings]
+        released = [_account(one, one.reservation) for one in finished]
+        charged = [_account(one, one.cost) for one in finished]
+        accounts = {*released, *charged, *(group.account for group in groups)}
         ordered: list[Account] = sorted(account for account in accounts if account is not None)
         index: dict[Account | None, int | None] = {account: n for n, account in enumerate(ordered, 1)}
         index[None] = None
@@ -169,7 +168,7 @@ class Batch:
             *(next(self.items).lane[0], lock_wait),
             *(Texts([one[0] for one in ordered]), Uuids([one[1] for one in ordered])),
             *(Texts([one[2] for one in ordered]), Dates([one[3] for one in ordered])),
-            *(_settling_columns(settled, index) if settled else _NO_SETTLINGS),
+            *(_settling_columns(finished, released, charged, index) if finished else _NO_SETTLINGS),
             instance_id,
             *(_admitting_columns(groups, index, with_keys=bool(self._keys)) if groups else _NO_ADMITTINGS),
         )
@@ -189,36 +188,25 @@ class Batch:
             _Verdicts(self._in_order(), row).give()
 
 
-@attrs.frozen
-class _Ended:
-    """An invocation, the account that held its reservation, and the one that pays: mostly the same."""
-
-    finished: ExternalAgentInvocation
-    released: Account | None
-    charged: Account | None
-
-    @classmethod
-    def of(cls, finished: ExternalAgentInvocation) -> _Ended:
-        held, paid = finished.reservation, finished.cost
-        released = _account(finished, held.currency) if held else None
-        if paid and released and paid.currency == released[2]:
-            return cls(finished, released, released)
-        return cls(finished, released, _account(finished, paid.currency) if paid else None)
-
-
-def _account(finished: ExternalAgentInvocation, currency: str) -> Account:
-    return finished.org_id, finished.external_agent_id.int, currency, budget_month(finished.created_at)
+def _account(finished: ExternalAgentInvocation, money: Money | None) -> Account | None:
+    if money is None:
+        return None
+    return finished.org_id, finished.external_agent_id.int, money.currency, budget_month(finished.created_at)
 
 
 _Index: TypeAlias = Mapping[Account | None, int | None]
 
 
-def _settling_columns(settled: Sequence[_Ended], index: _Index) -> Iterator[Any]:
-    finished = [ended.finished for ended in settled]
+def _settling_columns(
+    finished: Sequence[ExternalAgentInvocation],
+    released: Sequence[Account | None],
+    charged: Sequence[Account | None],
+    index: _Index,
+) -> Iterator[Any]:
     yield Texts([one.org_id for one in finished])
     yield Uuids([one.id.int for one in finished])
-    yield Integers([index[ended.released] for ended in settled])
-    yield Integers([index[ended.charged] for ended in settled])
+    yield Integers([index[account] for account in released])
+    yield Integers([index[account] for account in charged])
     yield Texts([one.status for one in finished])
     yield Texts([one.response.text if one.response else None for one in finished])
     yield Integers([one.response_status for one in finished])
@@ -253,7 +241,7 @@ def _admitting_columns(groups: Sequence[_Group], index: _Index, *, with_keys: bo
     yield Bytes([request.request_hash if request.idempotency_key else None for request in keyed])
 
 
-_NO_SETTLINGS = (*_settling_columns((), {}),)
+_NO_SETTLINGS = (*_settling_columns((), (), (), {}),)
 _NO_ADMITTINGS = (*_admitting_columns((), {}, with_keys=False),)
 
 

@@ -34,8 +34,8 @@ from external_agents.adapters.postgres.grouped.apart import Apart, Lone
 from external_agents.adapters.postgres.grouped.arrays import register_arrays
 from external_agents.adapters.postgres.grouped.batch import CALL, Admitted, Admitting, Batch, Settling
 from external_agents.adapters.postgres.grouped.fair_queue import QueueFull
+from external_agents.adapters.postgres.grouped.gathering import gather_newcomers
 from external_agents.adapters.postgres.grouped.lines import BATCH_MAX, Lines
-from external_agents.application.gathering import gather_newcomers
 from external_agents.domain.errors import AdmissionInDoubt, Unavailable
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import AdmissionRequest
@@ -129,7 +129,7 @@ class GroupCommitter:
         self._observe = observe
         self._shared = Lines()
         self._apart = Apart()
-        self._sides = (_Side(self._shared, 1), _Side(self._apart, APART_AT_ONCE))
+        self._together, self._alone = self._sides = _Side(self._shared, 1), _Side(self._apart, APART_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
         self._disposals = 0
         event.listen(engine.sync_engine, "engine_disposed", self._let_go)
@@ -163,7 +163,7 @@ class GroupCommitter:
             raise Unavailable(_TOO_MUCH, retry_after_s=1) from None
         if lone:
             self._apart.await_turn(lone)
-        self._start(self._sides[1 if lone else 0])
+        self._start(self._alone if lone else self._together)
 
     def _start_all(self) -> None:
         for side in self._sides:
@@ -191,7 +191,7 @@ class GroupCommitter:
                     with translate_errors():
                         async with self._connection() as connection:
                             for _ in range(CALLS_HELD_MAX):
-                                if not await side.has_more(HELD_IDLE_S if side is self._sides[0] else 0.0):
+                                if not await side.has_more(HELD_IDLE_S if side is self._together else 0.0):
                                     break
                                 if not is_open(connection):
                                     raise _Lost

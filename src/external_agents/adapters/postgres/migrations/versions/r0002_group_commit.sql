@@ -174,11 +174,10 @@ BEGIN
             cost_overrun, trace_id, created_at, completed_at, instance_id, ended)
         SELECT this.org_id, this.id, this.external_agent_id, this.lineage_hop_id, this.parent_invocation_id,
             this.initiated_by, this.new_status, this.request_payload, this.new_response_payload::json,
-            this.new_response_status,
-            this.new_attempts::json, this.new_execution_time_ms, this.new_error_code, this.new_error_message,
-            this.reservation_amount, this.reservation_currency, this.new_cost_amount::numeric,
-            k_currency[this.new_charged], this.new_cost_overrun, this.trace_id, this.created_at,
-            this.new_completed_at, this.instance_id, true
+            this.new_response_status, this.new_attempts::json, this.new_execution_time_ms, this.new_error_code,
+            this.new_error_message, this.reservation_amount, this.reservation_currency, this.new_cost_amount::numeric,
+            k_currency[this.new_charged], this.new_cost_overrun, this.trace_id, this.created_at, this.new_completed_at,
+            this.instance_id, true
         FROM unnest(s_charged, s_status, s_response_payload, s_response_status, s_attempts, s_execution_time_ms,
             s_error_code, s_error_message, s_cost_amount, s_cost_overrun, s_completed_at, s_running) AS this
             (new_charged, new_status, new_response_payload, new_response_status, new_attempts, new_execution_time_ms,
@@ -307,7 +306,7 @@ BEGIN
         END LOOP;
 
         IF 0 < ANY (g_admitted) THEN
-            INSERT INTO external_agent_rate_windows AS held
+            INSERT INTO external_agent_rate_windows
             SELECT * FROM unnest(taken)
             ON CONFLICT ON CONSTRAINT pk_external_agent_rate_windows DO UPDATE
             SET minute_head = excluded.minute_head, minute_counts = excluded.minute_counts,
