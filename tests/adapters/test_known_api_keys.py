@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys, ApiKeyToken
-from external_agents.adapters.identity.known_keys import FRESH_S, KEPT_S, KnownKeys
+from external_agents.adapters.identity.known_keys import FRESH_S, KEPT_MAX, KEPT_S, KnownKeys
 from external_agents.adapters.memory.identity import MemoryApiKeyStore
 from external_agents.adapters.secrets import KeyRing
 from external_agents.domain.access import Principal
@@ -140,6 +140,35 @@ async def test_keys_that_are_due_soon_are_read_along(house: House) -> None:
     await house.keys.revoke(keys[1][1].id)
     assert [await house.is_let_in(text) for text, _ in keys] == [True, False, True]
     assert house.store.lookups == 3, "one for all, and the revoked key's own refusal"
+
+
+async def test_what_was_read_along_before_a_revocation_was_seen_lets_nobody_in(house: House) -> None:
+    (text, _), (other_text, other) = await house.issued(), await house.issued()
+    house.clock.advance(FRESH_S)
+    house.store.after = held = Held()
+    ahead = asyncio.create_task(house.door.authenticate(text))
+    await held.entered.wait()
+    house.store.after = _nothing
+    await house.keys.revoke(other.id)
+    assert not await house.is_let_in(other_text)
+    held.opened.set()
+    await ahead
+    assert not await house.is_let_in(other_text)
+
+
+async def test_a_key_that_was_changed_stands_for_whom_it_stands_now(house: House) -> None:
+    (text, _), (other_text, other) = await house.issued(), await house.issued()
+    demoted = attrs.evolve(other, principal=Principal(other.principal.org_id, other.principal.subject, ()))
+    await house.store.add(demoted)
+    house.clock.advance(FRESH_S)
+    await house.door.authenticate(text)
+    assert await house.door.authenticate(other_text) == demoted.principal
+
+
+async def test_no_more_proofs_are_kept_than_keys(house: House) -> None:
+    for _ in range(KEPT_MAX + 3):
+        await house.issued()
+    assert len(house.door._proved) == KEPT_MAX
 
 
 async def test_nobody_waits_longer_than_the_key_is_good_for(house: House) -> None:

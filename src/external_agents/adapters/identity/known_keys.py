@@ -109,7 +109,7 @@ class KnownKeys:
 
     def _renew(self, key_id: UUID, key: ApiKey | None, read_s: float) -> None:
         kept = self._kept.get(key_id)
-        if kept is None or kept.read_s >= read_s:
+        if kept is None:  # Meanwhile it was found revoked, or pushed out.
             return
         if key is None or key.revoked_at is not None:
             del self._kept[key_id]
