@@ -62,6 +62,23 @@ Account: TypeAlias = tuple[str, int, str, date]
 """An organisation, the number of its agent's id, a currency and a month."""
 
 
+@attrs.define
+class Outcome:
+    """The row that a call returns, column by column; the migration says what they are."""
+
+    settled: Sequence[bool] | None
+    has_lease: bool | None
+    moment: datetime | None
+    g_state: Sequence[int] | None
+    g_admitted: Sequence[int] | None
+    g_refusal: Sequence[int] | None
+    g_heads: Sequence[int] | None
+    g_counts: Sequence[int] | None
+    i_item: Sequence[int] | None
+    i_state: Sequence[int] | None
+    i_invocation_id: Sequence[UUID] | None
+
+
 @attrs.define(eq=False)
 class Admitting:
     request: AdmissionRequest
@@ -177,15 +194,15 @@ class Batch:
         """Of their agents' keys, as locks are taken."""
         return [self._groups[name] for name in sorted(self._groups)]
 
-    def conclude(self, row: Any) -> None:
+    def conclude(self, outcome: Outcome) -> None:
         """Answer everyone with what the call returned."""
-        for settling, settled in zip(self.settlings, row.settled or (), strict=True):
+        for settling, settled in zip(self.settlings, outcome.settled or (), strict=True):
             _give(settling.answer, settled)
-        if self.admittings and not row.has_lease:
+        if self.admittings and not outcome.has_lease:
             for admitting in self.admittings:
                 _refuse(admitting.answer, LeaseLost())
         elif self.admittings:
-            _Verdicts(self._in_order(), row).give()
+            _Verdicts(self._in_order(), outcome).give()
 
 
 def _account(finished: ExternalAgentInvocation, money: Money | None) -> Account | None:
@@ -248,24 +265,24 @@ _NO_ADMITTINGS = (*_admitting_columns((), {}, with_keys=False),)
 class _Verdicts:
     """What became of each admission of a batch."""
 
-    def __init__(self, groups: list[_Group], row: Any) -> None:
-        self._groups = groups
-        self._row = row
-        self._now_s: float = row.moment.timestamp()
+    def __init__(self, groups: list[_Group], outcome: Outcome) -> None:
+        assert outcome.moment is not None, "admitting begins with the clock"
+        self._of_groups = zip(
+            groups, outcome.g_state or (), outcome.g_admitted or (), outcome.g_refusal or (), strict=True
+        )
+        self._heads, self._counts = outcome.g_heads or (), outcome.g_counts or ()
+        self._now_s = outcome.moment.timestamp()
         self._earlier = {
             item: (state, invocation_id)
             for item, state, invocation_id in zip(
-                row.i_item or (), row.i_state or (), row.i_invocation_id or (), strict=True
+                outcome.i_item or (), outcome.i_state or (), outcome.i_invocation_id or (), strict=True
             )
         }
         self._counted = 0
 
     def give(self) -> None:
         first = 1
-        row = self._row
-        for group, state, admitted, refusal in zip(
-            self._groups, row.g_state, row.g_admitted, row.g_refusal, strict=True
-        ):
+        for group, state, admitted, refusal in self._of_groups:
             if state:
                 for item in group.items:
                     _refuse(item.answer, _STATES[state]())
@@ -313,10 +330,9 @@ class _Verdicts:
         """The answer has those of counted groups with limits one after the other."""
         first = len(Window) * self._counted
         self._counted += 1
-        counts = self._row.g_counts
         return RateWindows(
             *(
-                WindowCount(self._row.g_heads[n], tuple(counts[n * _WIDTH : n * _WIDTH + BUCKETS]))
+                WindowCount(self._heads[n], tuple(self._counts[n * _WIDTH : n * _WIDTH + BUCKETS]))
                 for n in range(first, first + len(Window))
             )
         )
