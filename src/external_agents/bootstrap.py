@@ -157,7 +157,7 @@ async def open_installation(
         catalog=discover_catalog(),
     )
     upkeep = (
-        partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s),
+        partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s, observe=observability),
         partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
         partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
     )

@@ -41,6 +41,7 @@ from external_agents.domain.ids import created_at_of
 from external_agents.domain.rate_limit import RateQuotas
 from external_agents.domain.refusals import IdempotencyKeyInFlight, IdempotencyKeyReused
 from external_agents.ports.ledger import HEARTBEAT_S, Admission, AdmissionRequest
+from external_agents.ports.observability import Record, RecoveryRecord
 from external_agents.ports.transport import AgentRequest
 from external_agents.testing.builders import (
     ALL_PERMISSIONS,
@@ -728,10 +729,14 @@ class TestUpkeep:
                     ended.set()
                 await asyncio.sleep(0)
 
-        upkeep = asyncio.create_task(keep_up(survivor, Watching()))
+        told: list[Record] = []
+        upkeep = asyncio.create_task(keep_up(survivor, Watching(), observe=told.append))
         async with asyncio.timeout(10):
             await ended.wait()
         upkeep.cancel()
+        [recovery] = told
+        assert isinstance(recovery, RecoveryRecord)
+        assert recovery.interrupted == 1
         assert world.store.invocations_of(agent.org_id)[left.id].status is InvocationStatus.UNKNOWN
         assert world.clock.monotonic_s() <= 60
 
