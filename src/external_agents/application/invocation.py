@@ -164,11 +164,18 @@ class InvocationPipeline:
     async def _attempt(self, assignment: Assignment, invocation: ExternalAgentInvocation) -> ExternalAgentInvocation:
         agent = assignment.agent
         started_s = self._clock.monotonic_s()
+        elapsed_s = 0.0
+        outcome: Outcome | None = None
         attempts: tuple[Attempt, ...] = ()
         may_have_run = False
-        while True:
-            elapsed_s = self._clock.monotonic_s() - started_s
-            outcome, attempt = await self._exchange(assignment, invocation, elapsed_s)
+        delay_s: float | None = 0.0
+        while delay_s is not None:
+            if attempts:
+                await self._clock.sleep(delay_s)
+            if not self._ledger.holds_lease():
+                _log.warning("invocation %s is not sent: others may have taken this process for dead", invocation.id)
+                break
+            outcome, attempt = await self._exchange(assignment, invocation, self._clock.monotonic_s() - started_s)
             attempts += (attempt,)
             may_have_run |= outcome.may_have_run
             elapsed_s = self._clock.monotonic_s() - started_s
@@ -179,16 +186,16 @@ class InvocationPipeline:
                 elapsed_s=elapsed_s,
                 jitter=self._ids.jitter(),
             )
-            if delay_s is None:
-                return invocation.concluded(
-                    outcome,
-                    attempts,
-                    currency=agent.budget.currency,
-                    charged_anyway=may_have_run,
-                    execution_time_ms=round(elapsed_s * 1000),
-                    at=self._clock.now(),
-                )
-            await self._clock.sleep(delay_s)
+        if outcome is None:
+            return invocation.interrupted(self._clock.now())
+        return invocation.concluded(
+            outcome,
+            attempts,
+            currency=agent.budget.currency,
+            charged_anyway=may_have_run,
+            execution_time_ms=round(elapsed_s * 1000),
+            at=self._clock.now(),
+        )
 
     async def _exchange(
         self, assignment: Assignment, invocation: ExternalAgentInvocation, elapsed_s: float

@@ -40,7 +40,7 @@ from external_agents.domain.errors import AdmissionInDoubt
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.rate_limit import RateQuotas
 from external_agents.domain.refusals import IdempotencyKeyInFlight, IdempotencyKeyReused
-from external_agents.ports.ledger import HEARTBEAT_S, Admission, AdmissionRequest
+from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest
 from external_agents.ports.observability import Record, RecoveryRecord
 from external_agents.ports.transport import AgentRequest
 from external_agents.testing.builders import (
@@ -314,6 +314,45 @@ class TestAttempts:
 
 
 RESERVED = {"max_cost_per_invocation": "0.1", "max_monthly_cost": "10"}
+
+
+class TestLease:
+    """Others end what a process left that was not heard of for so long; they must not be made liars."""
+
+    async def test_nothing_is_sent_once_it_has_run_out(self, world: World) -> None:
+        agent = await world.agent()
+        await world.ledger.heartbeat()
+
+        async def stand_still() -> None:
+            world.clock.advance(LEASE_S)
+
+        world.ledger.after_admit = stand_still
+        invocation = await world.invoked(agent)
+        assert (invocation.status, invocation.error_code) == (InvocationStatus.UNKNOWN, ErrorCode.INTERRUPTED)
+        assert world.transport.requests == []
+
+    async def test_nothing_is_sent_again_once_it_has_run_out(self, world: World) -> None:
+        agent = await world.agent()
+        await world.ledger.heartbeat()
+
+        async def stand_still(_: AgentRequest) -> Outcome:
+            world.clock.advance(LEASE_S)
+            return refused(503)
+
+        invocation = await world.invoked(agent, stand_still)
+        assert (invocation.status, invocation.response_status) == (InvocationStatus.FAILED, 503)
+        assert len(world.transport.requests) == 1
+
+    async def test_a_heartbeat_renews_it(self, world: World) -> None:
+        agent = await world.agent()
+        await world.ledger.heartbeat()
+
+        async def be_slow(_: AgentRequest) -> Outcome:
+            world.clock.advance(LEASE_S)
+            await world.ledger.heartbeat()
+            return refused(503)
+
+        assert (await world.invoked(agent, be_slow)).status is InvocationStatus.SUCCEEDED
 
 
 class TestCharges:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import datetime, timedelta
+from math import inf
 from uuid import UUID
 
 from sqlalchemy import text
@@ -86,7 +87,7 @@ class Instance:
         self._in_flight: set[UUID] = set()
         self._newest = UUID(int=0)
         self._stored_mark: UUID | None = None
-        self._beaten_at_s = 0.0
+        self._beaten_at_s = -inf
         self._unbroken = False
 
     async def enter(self, invocation_id: UUID) -> None:
@@ -109,6 +110,9 @@ class Instance:
     async def beat(self) -> None:
         async with self._beating:
             await self._beat()
+
+    def holds_lease(self) -> bool:
+        return time.monotonic() < self._beaten_at_s + self.lease.total_seconds()
 
     def doubt_lease(self) -> None:
         """The next admission begins with a heartbeat."""
@@ -134,11 +138,12 @@ class Instance:
         unbroken = self._unbroken
         # Whatever interrupts this, cancellation too, leaves it unknown which mark is stored.
         self._unbroken, self._stored_mark = False, None
+        began_s = time.monotonic()
         values = {"id": self.id, "lease": self.lease, "running_from": mark, "unbroken": unbroken}
         with translate_errors():
             async with self._single.connect() as connection:
                 await connection.execute(_BEAT, values)
-        self._unbroken, self._stored_mark, self._beaten_at_s = True, mark, time.monotonic()
+        self._unbroken, self._stored_mark, self._beaten_at_s = True, mark, began_s
 
 
 async def dead_instances(connection: AsyncConnection, judge: UUID, lease: timedelta) -> list[tuple[UUID, datetime]]:

@@ -93,6 +93,9 @@ class PlainPostgresLedger(InvocationLedger):
     async def heartbeat(self) -> None:
         await self._instance.beat()
 
+    def holds_lease(self) -> bool:
+        return self._instance.holds_lease()
+
     async def recover(self) -> int:
         return await self._recovery.recover()
 
