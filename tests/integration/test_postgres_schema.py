@@ -18,11 +18,11 @@ from external_agents.domain.errors import ConfigurationError, Unavailable
 from postgres_server import OpenEngine, PostgresServer, dsn
 
 AGENT_ROW = """{
-    "org_id": "acme", "id": "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13", "name": "x", "description": "", "provider": "custom",
-    "webhook_url": "https://agent.example.com/", "auth_type": "none", "auth_config": {}, "platform_config": {},
-    "tags": [], "timeout_s": 30, "max_attempts": 3, "status": "active", "created_by": "tester", "updated_by": "tester",
-    "created_at": "2026-03-10T12:00:00Z", "updated_at": "2026-03-10T12:00:00Z", "version": 1, "name_folded": "x",
-    "description_folded": "", "previous_signing_secret_until": "2026-03-11T12:00:00Z"
+    "org_id": "acme", "id": "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13", "name": "x", "description": "",
+    "provider": "custom", "webhook_url": "https://agent.example.com/", "auth_type": "none", "auth_config": {},
+    "platform_config": {}, "tags": [], "timeout_s": 30, "max_attempts": 3, "status": "active", "created_by": "tester",
+    "updated_by": "tester", "created_at": "2026-03-10T12:00:00Z", "updated_at": "2026-03-10T12:00:00Z", "version": 1,
+    "name_folded": "x", "description_folded": "", "previous_signing_secret_until": "2026-03-11T12:00:00Z"
 }"""
 ALL = ["0001 Foundation", "0002 Group commit", "0003 Signing secrets"]
 

@@ -24,11 +24,13 @@ from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.domain.access import PERMISSIONS
 from external_agents.domain.egress import EgressPolicy
+from external_agents.ports.secrets import SecretContext
 from external_agents.testing.fakes import RecordingObservability
 from postgres_server import OpenEngine, psql_dump
 from serve import API, agent_document, bearer, is_problem, rows
 
 FIRST, SECOND, THIRD = (f"whsec_{base64.b64encode(bytes([number]) * 24).decode()}" for number in (1, 2, 3))
+BOX = AesGcmSecretBox(KeyRing({"k1": bytes(range(32))}))
 
 
 class MovableClock(SystemClock):
@@ -89,7 +91,7 @@ async def world(postgres_url: str, open_engine: OpenEngine, agent_server: Agent)
         ledger=ledger,
         policy=PermissionPolicy(),
         transport=transport,
-        secret_box=AesGcmSecretBox(KeyRing({"k1": bytes(range(32))})),
+        secret_box=BOX,
         observability=observability,
         url_rules=policy,
         clock=clock,
@@ -204,9 +206,14 @@ async def test_the_old_one_is_dropped_after_a_day(world: World) -> None:
 
 
 async def test_it_stays_where_the_agent_moves(world: World) -> None:
-    """Signing gives it to nobody, so it need not come again as what the agent receives must."""
+    """Signing gives it to nobody: it is bound to no origin, and need not come again as what the agent receives must."""
     path = await world.create(signing_secret=FIRST)
     await world.change(path, signing_secret=SECOND)
+    agent_id = path.rpartition("/")[2]
+    for row in world.sql("SELECT field, envelope FROM external_agent_secrets"):
+        context = SecretContext(org_id="acme", agent_id=agent_id, field=row["field"], destination="")
+        wanted = SECOND if row["field"] == "signing_secret" else FIRST
+        assert BOX.open(row["envelope"], context).decode() == f'"{wanted}"'
     await world.change(path, webhook_url=world.agent.url.replace("127.0.0.1", "localhost"))
     seen = await world.sent(path)
     assert seen.headers["host"].startswith("localhost")
