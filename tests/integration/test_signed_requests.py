@@ -11,6 +11,8 @@ from uuid import uuid4
 import attrs
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from agents import Agent, Issuer, Reply, Seen
@@ -24,8 +26,11 @@ from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.domain.access import PERMISSIONS
 from external_agents.domain.egress import EgressPolicy
+from external_agents.domain.json_values import JsonText
+from external_agents.domain.signing import SigningSecrets
 from external_agents.ports.secrets import SecretContext
 from external_agents.testing.fakes import RecordingObservability
+from external_agents.testing.strategies import payloads, signing_secrets
 from postgres_server import OpenEngine, psql_dump
 from serve import API, agent_document, bearer, is_problem, rows
 
@@ -122,6 +127,14 @@ def signers(seen: Seen) -> list[str]:
         for secret in (FIRST, SECOND, THIRD)
     }
     return [signed[signature] for signature in seen.headers["webhook-signature"].split(" ")]
+
+
+@given(signing_secrets(), payloads(), st.integers(0, 2**42))
+def test_a_receivers_library_finds_the_same_signature(secret: str, payload: Any, milliseconds: int) -> None:
+    moment = datetime(2000, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)
+    body = JsonText.of(payload).text
+    headers = SigningSecrets(secret).headers("019ab0c6-01d4-7b20-8f6a-5c3e9d7a1b42", body.encode(), moment)
+    assert headers["webhook-signature"] == Webhook(secret).sign(headers["webhook-id"], moment, body)
 
 
 async def test_without_a_secret_nothing_is_signed(world: World) -> None:
