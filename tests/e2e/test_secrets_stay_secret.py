@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Any
 
@@ -32,6 +33,8 @@ PLATFORMS: dict[str, dict[str, Any]] = {
     "telegram": {"bot_token": f"12345:{CANARY}-telegram", "chat_id": MARK},
     "notion": {"token": f"{CANARY}-notion", "database_id": MARK},
 }
+SIGNING = [f"whsec_{CANARY}{letter * 26}" for letter in "AB"]
+"""The second in place of the first, which then stands beside it."""
 WRONG: list[dict[str, Any]] = [
     {"auth_type": "api_key", "auth_config": {"key": f"{CANARY}\n-line", "header_name": "X-API-Key"}},
     {"auth_type": "api_key", "auth_config": {"key": f"{CANARY}-host", "header_name": "Host"}},
@@ -42,6 +45,8 @@ WRONG: list[dict[str, Any]] = [
     {"auth_type": "custom", "auth_config": f"{CANARY}-text"},
     {"provider": "slack", "platform_config": {"webhook_url": f"http://10.0.0.1:{CANARY}", "channel": "#x"}},
     {"provider": "telegram", "platform_config": {"bot_token": f"{CANARY}/../x", "chat_id": 1.5}},
+    {"signing_secret": f"whsec_{CANARY}"},
+    {"signing_secret": [f"whsec_{CANARY}"]},
 ]
 
 pytestmark = pytest.mark.xdist_group("e2e")
@@ -66,6 +71,7 @@ async def test_no_secret_is_seen_anywhere(
     agent_ids = [
         *[await _live(api, agent, auth_type=name, auth_config=config) for name, config in AUTH.items()],
         *[await _live(api, agent, provider=name, platform_config=config) for name, config in PLATFORMS.items()],
+        await _live(api, agent, signing_secret=SIGNING[0]),
     ]
     for changes in WRONG:
         assert (await api.post(API, json=agent_document(agent.url, **changes))).status_code == 400, changes
@@ -89,18 +95,20 @@ async def test_no_secret_is_seen_anywhere(
     assert all(agent_id in serve.stderr for agent_id in agent_ids), "the log tells of every agent"
     _assert_no_secret("log", serve.stderr, serve.key)
     assert any(seen.headers.get("authorization") == f"Bearer {CANARY}-token" for seen in agent.requests)
+    assert any(seen.headers.get("webhook-signature", "").count("v1,") == 2 for seen in agent.requests)
 
 
 async def test_no_secret_is_in_the_files_of_the_database(serve: Serve, api: httpx.AsyncClient, agent: Agent) -> None:
-    await _live(api, agent, auth_type="bearer", auth_config=AUTH["bearer"])
+    await _live(api, agent, auth_type="bearer", auth_config=AUTH["bearer"], signing_secret=SIGNING[0])
     serve.sql("SELECT pg_switch_wal()")
     files = [path for path in (serve.home / "postgres").rglob("*") if path.is_file()]
     with_mark = [path for path in files if MARK.encode() in path.read_bytes()]
     assert with_mark, "the search finds nothing at all"
     secret_keys = (serve.home / "secret-keys").read_bytes().split(b":")[1].strip()
+    signing_keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in SIGNING]
     for path in files:
         content = path.read_bytes()
-        for secret in (CANARY.encode(), serve.key.encode(), secret_keys):
+        for secret in (CANARY.encode(), serve.key.encode(), secret_keys, *signing_keys):
             assert secret not in content, path
 
 
@@ -122,6 +130,8 @@ async def _live(api: httpx.AsyncClient, agent: Agent, **changes: Any) -> str:
     assert created.status_code == 201, created.text
     path = f"{API}/{created.json()['id']}"
     again = {name: changes[name] for name in ("auth_config", "platform_config") if name in changes}
+    if "signing_secret" in changes:
+        again["signing_secret"] = SIGNING[1]
     assert (await api.patch(path, json={**again, "timeout_s": 1, "max_attempts": 1})).status_code == 200
     assert (await api.post(f"{path}/invoke", json={"input": MARK})).status_code == 200
     for failure in (Reply(401), Reply(raw=b"no HTTP\r\n\r\n", close=True)):

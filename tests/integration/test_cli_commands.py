@@ -125,6 +125,7 @@ def test_agents_are_registered_changed_and_deleted_beside_a_running_serve(serve:
         "webhook_url": "https://agent.example.com/",
         "auth_type": "bearer",
         "auth_config": {"token": "s3cret"},
+        "signing_secret": f"whsec_s3cret{'A' * 26}",
     }
     (tmp_path / "agent.json").write_text(json.dumps(document))
     made = succeed_json("agents", "create", "--org", "dev", f"@{tmp_path / 'agent.json'}", home=home)
@@ -146,8 +147,12 @@ def test_agents_are_registered_changed_and_deleted_beside_a_running_serve(serve:
     assert listed.stderr == "page 1 of 1, 1 in all\n"
     assert succeed_json("agents", "list", "--org", "other", home=home)["items"] == []
 
-    changed = succeed_json("agents", "update", agent_id, "--org", "dev", '{"status": "inactive"}', home=home)
+    changes = f'{{"status": "inactive", "signing_secret": "whsec_s3cret{"B" * 26}"}}'
+    changed = succeed_json("agents", "update", agent_id, "--org", "dev", changes, home=home)
     assert (changed["status"], changed["version"]) == ("inactive", 2)
+    assert "s3cret" not in str(changed)
+    sealed = serve.sql("SELECT field FROM external_agent_secrets WHERE agent_id = %s", agent_id)
+    assert {"signing_secret", "signing_secret.previous"} <= {row["field"] for row in sealed}
     assert "inactive" in failure(run("invoke", agent_id, "--org", "dev", "{}", home=home))
 
     assert "No such agent" in failure(run("agents", "show", agent_id, "--org", "other", home=home))

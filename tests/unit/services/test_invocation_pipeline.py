@@ -33,6 +33,7 @@ from external_agents import (
 from external_agents.adapters.memory import FunctionTransport, MemoryLedger, MemoryStore, memory_service
 from external_agents.application.access import Witness
 from external_agents.application.invocation import SETTLE_PATIENCE_S, Assignment, InvocationPipeline, TaskKeeper
+from external_agents.application.registration import Opened
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.auth import FixedHeaders
 from external_agents.domain.budget import BudgetAccount
@@ -132,7 +133,8 @@ class World:
 
     def assignment(self, agent: ExternalAgent) -> Assignment:
         request = make_request(agent, invocation_id=self.ids.new_id())
-        return Assignment(principal=ALICE, agent=agent, credentials=FixedHeaders({}), request=request)
+        secrets = Opened(credentials=FixedHeaders({}), signing=None)
+        return Assignment(principal=ALICE, agent=agent, secrets=secrets, request=request)
 
     async def account(self, agent: ExternalAgent) -> BudgetAccount:
         return (await self.ledger.forecast(agent.org_id, agent.id)).account

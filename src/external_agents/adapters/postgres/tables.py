@@ -80,6 +80,7 @@ agents = Table(
     # Case-folded by this library: what lower() and ILIKE make of `Ä` depends on the server's version and locale.
     Column("name_folded", Text, nullable=False),
     Column("description_folded", Text, nullable=False),
+    Column("previous_signing_secret_until", _MOMENT),
 )
 """Lists go along the primary key, backwards; their filters look at the agents of one organisation only."""
 

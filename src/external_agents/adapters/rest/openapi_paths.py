@@ -119,7 +119,8 @@ def _patch(catalog: Catalog) -> Document:
         "updateAgent",
         "Change an agent",
         "Secrets that are left out stay. A new `auth_type` comes with its whole `auth_config`. Where the origin of "
-        "`webhook_url` or `token_url` changes, the auth secrets must come again.",
+        "`webhook_url` or `token_url` changes, the auth secrets must come again. After a new `signing_secret`, "
+        "requests carry the old one's signature too, for 24 h; null drops both at once.",
         parameters=[if_match()],
         requestBody=body("AgentPatch", examples.PATCHES, "application/merge-patch+json", JSON),
         responses={"200": answer("The agent.", ref("Agent"), examples.agent(catalog), ETag="ETag")},

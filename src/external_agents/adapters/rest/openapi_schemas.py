@@ -90,7 +90,8 @@ def _agent_patch(catalog: Catalog) -> Document:
     properties: Document = {}
     for name in definition["properties"]:
         schema = {key: value for key, value in catalog.agent_properties[name].items() if key != "default"}
-        properties[name] = schema if name in required else {"anyOf": [schema, {"type": "null"}]}
+        as_it_is = name in required or "null" in schema["type"]
+        properties[name] = schema if as_it_is else {"anyOf": [schema, {"type": "null"}]}
     return {
         **definition,
         "properties": properties,
@@ -102,6 +103,7 @@ def _agent(catalog: Catalog) -> Document:
     fields: Document = {
         name: {key: value for key, value in schema.items() if key != "default"}
         for name, schema in catalog.agent_properties.items()
+        if not schema.get("writeOnly")
     }
     fields["status"] = {"type": "string", "enum": [status.value for status in AgentStatus]}
     properties: Document = {
@@ -116,7 +118,7 @@ def _agent(catalog: Catalog) -> Document:
     }
     return {
         "type": "object",
-        "description": "An agent. Secret fields of its configs are never shown.",
+        "description": "An agent. Secret fields are never shown.",
         "properties": properties,
         "required": list(properties),
         "allOf": _variants(catalog, shown=True),
