@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import connected
 from external_agents.adapters.postgres.schema import has_newest_schema
 from external_agents.domain.errors import Unavailable
 
@@ -25,8 +25,7 @@ class Readiness:
 async def check(engine: AsyncEngine) -> Readiness:
     """Look now; an outage is an answer, not an error."""
     try:
-        with translate_errors():
-            async with engine.connect() as connection:
-                return Readiness(database=True, schema=await connection.run_sync(has_newest_schema))
+        async with connected(engine) as connection:
+            return Readiness(database=True, schema=await connection.run_sync(has_newest_schema))
     except Unavailable:
         return Readiness(database=False, schema=False)
