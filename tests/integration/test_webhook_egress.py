@@ -58,7 +58,7 @@ class TestAddressLiterals:
         """Address literals skip aiohttp's resolver. This is the last line, without the one before it."""
         guard = EgressGuard(EgressPolicy(), Names())
         connector = GuardedConnector(guard, ssl.create_default_context())
-        current = Journey(URL(canary.url, encoded=True), 1024)
+        current = Journey(URL(canary.url, encoded=True), 1024, "acme")
         journey.set(current)
         async with aiohttp.ClientSession(connector=connector) as session:
             with pytest.raises(aiohttp.ClientConnectorError):
@@ -195,17 +195,17 @@ class TestWhatIsTold:
 
 class TestTheSystemsResolver:
     async def test_it_knows_this_machine(self):
-        assert ip_address("127.0.0.1") in await SystemResolver()("localhost")
+        assert ip_address("127.0.0.1") in await SystemResolver()("localhost", "acme")
 
     async def test_an_unknown_name(self, lookups: Lookups):
         lookups.error = socket.gaierror(socket.EAI_NONAME, "unknown")
         with pytest.raises(OSError, match="unknown"):
-            await SystemResolver()("agent.example")
+            await SystemResolver()("agent.example", "acme")
 
     async def test_a_slow_lookup_is_given_up_and_shared(self, lookups: Lookups):
         resolve = SystemResolver(timeout_s=0.1)
         lookups.may_end.clear()
-        results = await asyncio.gather(*(resolve("slow.example") for _ in range(50)), return_exceptions=True)
+        results = await asyncio.gather(*(resolve("slow.example", "acme") for _ in range(50)), return_exceptions=True)
         assert all(isinstance(result, socket.gaierror) for result in results)
         assert lookups.asked == ["slow.example"]
         await resolve.aclose()
@@ -213,10 +213,10 @@ class TestTheSystemsResolver:
     async def test_threads_are_bounded(self, lookups: Lookups):
         resolve = SystemResolver(threads_max=3, timeout_s=0.2)
         lookups.may_end.clear()
-        await asyncio.gather(*(resolve(f"{n}.example") for n in range(10)), return_exceptions=True)
+        await asyncio.gather(*(resolve(f"{n}.example", f"org-{n}") for n in range(10)), return_exceptions=True)
         assert len(lookups.asked) == 3
         lookups.may_end.set()
-        assert await SystemResolver()("other.example") == (ip_address("93.184.215.14"),)
+        assert await SystemResolver()("other.example", "acme") == (ip_address("93.184.215.14"),)
         await resolve.aclose()
 
 

@@ -252,7 +252,7 @@ class TestWhenThereIsNoAnswer:
         assert is_retried(outcome)
 
     async def test_the_name_takes_too_long(self):
-        async def never(host: str) -> list:
+        async def never(host: str, org_id: str) -> list:
             await asyncio.Event().wait()
             return []
 
@@ -345,7 +345,7 @@ class TestConnections:
         await agent_server.until(lambda: agent_server.open_connections == 0)
 
 
-async def _no_names(host: str) -> list:
+async def _no_names(host: str, org_id: str) -> list:
     raise OSError("no such name")
 
 

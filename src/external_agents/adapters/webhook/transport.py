@@ -80,6 +80,7 @@ class WebhookTransport(AgentTransport):
         headers["content-type"] = "application/json"
         post = Post(
             to="The agent",
+            org_id=request.org_id,
             url=request.url,
             headers=headers,
             body=request.body.text.encode("utf-8"),
