@@ -261,6 +261,7 @@ class TestPostgres:
         try:
             until_no_page_has_room(scene)
             scene.refused(invoke, create)
+            says_that_its_disk_is_full(scene)
             with scene.client() as client:
                 assert read(client, scene).status_code == 200
         finally:
@@ -280,6 +281,7 @@ class TestPostgres:
             connection.execute(full)
             try:
                 scene.refused(invoke, create)
+                says_that_its_disk_is_full(scene)
             finally:
                 connection.execute("DROP FUNCTION full_disk CASCADE")
         scene.is_back()
@@ -355,6 +357,19 @@ def all_connections_taken(url: str) -> Iterator[None]:
                 while True:
                     held.enter_context(psycopg.connect(dsn(url), connect_timeout=10))
         yield
+
+
+def says_that_its_disk_is_full(scene: Scene) -> None:
+    """Any worker that was just refused."""
+    full = {"database": "the database has no disk space left"}
+
+    def said() -> bool:
+        with scene.client() as client:
+            is_problem(create(client, scene), 503)
+            checks = client.get("/readyz").json()["checks"]
+        return {name: state for name, state in checks.items() if state != "ok"} == full
+
+    eventually(said, TOLD_WITHIN_S)
 
 
 def fill(file: Path) -> None:

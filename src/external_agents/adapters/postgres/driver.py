@@ -5,15 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from contextlib import suppress
 from typing import Any
 
+import attrs
 import psycopg
 
 SILENCE_MAX_S = 20.0
 """For one statement. More than its timeout on the server, which therefore does not answer at all."""
 CANCEL_S = 0.5
 """For asking the server to break a statement off."""
+
+
+@attrs.define
+class Disk:
+    """What this process was last told of the server's disk. It cannot be asked: reading goes on when it is full."""
+
+    full_at_s: float = float("-inf")
+
+    def was_full(self, within_s: float) -> bool:
+        """Whether something could not be written in the last so many seconds."""
+        return time.monotonic() - self.full_at_s < within_s
+
+
+DISK = Disk()
 
 
 class Connection(psycopg.AsyncConnection[Any]):
@@ -26,6 +42,9 @@ class Connection(psycopg.AsyncConnection[Any]):
         watchdog = asyncio.get_running_loop().call_later(SILENCE_MAX_S, self._cut)
         try:
             return await super().wait(*args, **kwargs)
+        except psycopg.errors.DiskFull:
+            DISK.full_at_s = time.monotonic()
+            raise
         finally:
             watchdog.cancel()
 
