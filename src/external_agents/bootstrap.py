@@ -91,8 +91,9 @@ async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
     """`database` and `schema`, and what is wrong with each, or None."""
     state = await check(engine)
     schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
+    fault = None if state.database else "the database cannot be reached"
     return {
-        "database": None if state.database else "the database cannot be reached",
+        "database": fault if state.disk else "the database has no disk space left",
         "schema": schema if state.database else "unknown: the database cannot be reached",
     }
 

@@ -10,8 +10,7 @@ import attrs
 from sqlalchemy import ColumnElement, Select, delete, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
 from external_agents.adapters.postgres.rows import agent_of, agent_values, folded, windows_values
 from external_agents.adapters.postgres.tables import agents, rate_windows, secrets
 from external_agents.domain.agent import AgentStatus, ExternalAgent
@@ -57,14 +56,12 @@ class PostgresAgents(AgentReader, AgentWriter):
 
     async def count(self, query: AgentQuery, *, text: str | None = None) -> int:
         statement = select(func.count()).select_from(agents).where(*_conditions(query, text))
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await connection.scalar(statement) or 0
+        async with connected(self._reading) as connection:
+            return await connection.scalar(statement) or 0
 
     async def exists(self, org_id: str, agent_id: UUID) -> bool:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await _exists(connection, org_id, agent_id)
+        async with connected(self._reading) as connection:
+            return await _exists(connection, org_id, agent_id)
 
     async def search(self, query: AgentQuery, text: str, *, offset: int, limit: int) -> Sequence[ExternalAgent]:
         return await self._page(_conditions(query, text), offset, limit)
@@ -83,12 +80,12 @@ class PostgresAgents(AgentReader, AgentWriter):
             return
         untouched = windows_values(RateWindows())
         windows = [{"org_id": agent.org_id, "agent_id": agent.id, **untouched} for agent in agents_]
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                await connection.execute(insert(agents), [agent_values(agent) for agent in agents_])
-                await connection.execute(insert(rate_windows), windows)
-                for agent in agents_:
-                    await self._seal(connection, agent)
+        within_s = ANSWER_S if len(agents_) == 1 else None
+        async with transaction(self._engine, within_s=within_s) as connection:
+            await connection.execute(insert(agents), [agent_values(agent) for agent in agents_])
+            await connection.execute(insert(rate_windows), windows)
+            for agent in agents_:
+                await self._seal(connection, agent)
 
     async def _store_next(self, agent: ExternalAgent) -> None:
         gate = select(rate_windows.c.agent_id).where(
@@ -96,15 +93,14 @@ class PostgresAgents(AgentReader, AgentWriter):
         )
         change = update(agents).where(*_is(agent.org_id, agent.id), agents.c.version == agent.version - 1)
         of_agent = (secrets.c.org_id == agent.org_id, secrets.c.agent_id == agent.id)
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                # Admissions go through the same lock, one by one and first come, first served: what they read of the
-                # agent holds until they commit, and a busy agent cannot keep its owner from changing it.
-                await connection.execute(gate.with_for_update())
-                if (await connection.execute(change.values(agent_values(agent)))).rowcount == 0:
-                    raise StaleVersion if await _exists(connection, agent.org_id, agent.id) else AgentNotFound
-                await connection.execute(delete(secrets).where(*of_agent))
-                await self._seal(connection, agent)
+        async with transaction(self._engine, within_s=ANSWER_S) as connection:
+            # Admissions go through the same lock, one by one and first come, first served: what they read of the
+            # agent holds until they commit, and a busy agent cannot keep its owner from changing it.
+            await connection.execute(gate.with_for_update())
+            if (await connection.execute(change.values(agent_values(agent)))).rowcount == 0:
+                raise StaleVersion if await _exists(connection, agent.org_id, agent.id) else AgentNotFound
+            await connection.execute(delete(secrets).where(*of_agent))
+            await self._seal(connection, agent)
 
     async def _seal(self, connection: AsyncConnection, agent: ExternalAgent) -> None:
         rows = [
@@ -125,9 +121,8 @@ class PostgresAgents(AgentReader, AgentWriter):
         return await self._select(newest_first.offset(offset).limit(limit))
 
     async def _select(self, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgent]:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return [agent_of(row) for row in (await connection.execute(statement)).mappings()]
+        async with connected(self._reading) as connection:
+            return [agent_of(row) for row in (await connection.execute(statement)).mappings()]
 
 
 def _is(org_id: str, agent_id: UUID) -> tuple[_Condition, _Condition]:

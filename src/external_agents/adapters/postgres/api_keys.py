@@ -11,8 +11,7 @@ from sqlalchemy import ARRAY, RowMapping, Select, Uuid, any_, func, insert, lite
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.columns import config_of, config_text
-from external_agents.adapters.postgres.engine import reading
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
 from external_agents.adapters.postgres.tables import api_keys
 from external_agents.domain.access import Principal
 from external_agents.ports.identity import ApiKey, ApiKeyStore
@@ -24,9 +23,8 @@ class PostgresApiKeys(ApiKeyStore):
         self._reading = reading(engine)
 
     async def add(self, key: ApiKey) -> None:
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                await connection.execute(insert(api_keys).values(_values(key)))
+        async with transaction(self._engine, within_s=ANSWER_S) as connection:
+            await connection.execute(insert(api_keys).values(_values(key)))
 
     async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
         return await self._select(select(api_keys).where(api_keys.c.id == any_(literal(list(key_ids), ARRAY(Uuid)))))
@@ -42,14 +40,12 @@ class PostgresApiKeys(ApiKeyStore):
             .values(revoked_at=func.coalesce(api_keys.c.revoked_at, at))
             .returning(api_keys.c.id)
         )
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                return await connection.scalar(statement) is not None
+        async with transaction(self._engine, within_s=ANSWER_S) as connection:
+            return await connection.scalar(statement) is not None
 
     async def _select(self, statement: Select[Any]) -> Sequence[ApiKey]:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return [_key_of(row) for row in (await connection.execute(statement)).mappings()]
+        async with connected(self._reading) as connection:
+            return [_key_of(row) for row in (await connection.execute(statement)).mappings()]
 
 
 def _values(key: ApiKey) -> dict[str, Any]:

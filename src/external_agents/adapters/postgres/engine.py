@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,11 +13,15 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.driver import Connection
+from external_agents.adapters.postgres.errors import WHAT, translate_errors
+from external_agents.domain.errors import Unavailable
 
+ANSWER_S = 4.0
+"""What a caller waits for the database, from asking the pool for a connection on: 503 comes within 5 s."""
 POOL_SIZE = 10
-POOL_WAIT_S = 5.0
-CONNECT_TIMEOUT_S = 5
+POOL_WAIT_S = 3.0
+CONNECT_TIMEOUT_S = 4
 LOCK_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 15
 
@@ -64,7 +69,7 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         pool_timeout=pool_wait_s,
         isolation_level="READ COMMITTED",
         hide_parameters=True,
-        connect_args=connect_args(parsed),
+        connect_args={**connect_args(parsed), "async_creator_fn": Connection.connect},
     )
     event.listen(engine.sync_engine, "checkout", _require_open)
     return engine
@@ -76,11 +81,28 @@ def reading(engine: AsyncEngine) -> AsyncEngine:
 
 
 @asynccontextmanager
-async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Commits when the block ends well. Raises as `translate_errors` does."""
+async def connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """For what a caller waits for: all of it within ANSWER_S, or `Unavailable`. Raises as `translate_errors` does."""
+    async with _answered(ANSWER_S), engine.connect() as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine, *, within_s: float | None = None) -> AsyncIterator[AsyncConnection]:
+    """Commits when the block ends well; after `within_s` it is `Unavailable`. Raises as `translate_errors` does."""
+    async with _answered(within_s), engine.begin() as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def _answered(within_s: float | None) -> AsyncIterator[None]:
+    """A server that stands still, or a network that swallows everything, raises nothing by itself."""
     with translate_errors():
-        async with engine.begin() as connection:
-            yield connection
+        try:
+            async with asyncio.timeout(within_s):
+                yield
+        except TimeoutError as error:
+            raise Unavailable(WHAT) from error
 
 
 def is_open(connection: Any) -> bool:

@@ -11,8 +11,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
 from external_agents.domain.errors import Unavailable
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S
 
@@ -120,11 +119,10 @@ class Instance:
 
     async def retire(self) -> None:
         """End for good. What is left running, recovery need not wait for."""
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                await connection.execute(_LOCK, {"id": self.id})
-                await forget(connection, self.id)
-                await connection.execute(_GIVE_UP_LEASE, {"id": self.id})
+        async with transaction(self._engine, within_s=ANSWER_S) as connection:
+            await connection.execute(_LOCK, {"id": self.id})
+            await forget(connection, self.id)
+            await connection.execute(_GIVE_UP_LEASE, {"id": self.id})
 
     def _must_beat_for(self, invocation_id: UUID) -> bool:
         return (
@@ -140,9 +138,8 @@ class Instance:
         self._unbroken, self._stored_mark = False, None
         began_s = time.monotonic()
         values = {"id": self.id, "lease": self.lease, "running_from": mark, "unbroken": unbroken}
-        with translate_errors():
-            async with self._single.connect() as connection:
-                await connection.execute(_BEAT, values)
+        async with connected(self._single) as connection:
+            await connection.execute(_BEAT, values)
         self._unbroken, self._stored_mark, self._beaten_at_s = True, mark, began_s
 
 

@@ -8,8 +8,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import connected, reading
 from external_agents.adapters.postgres.rows import invocation_of
 from external_agents.adapters.postgres.tables import invocations
 from external_agents.domain.errors import InvocationNotFound
@@ -36,15 +35,13 @@ class PostgresInvocations(InvocationReader):
 
     async def count(self, query: InvocationQuery) -> int:
         statement = select(func.count()).select_from(invocations).where(*_conditions(query))
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await connection.scalar(statement) or 0
+        async with connected(self._reading) as connection:
+            return await connection.scalar(statement) or 0
 
     async def exists(self, org_id: str, invocation_id: UUID) -> bool:
         statement = select(invocations.c.id).where(*_is(org_id, invocation_id))
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await connection.scalar(statement) is not None
+        async with connected(self._reading) as connection:
+            return await connection.scalar(statement) is not None
 
     async def search(self, query: InvocationQuery, trace_id: str, *, limit: int) -> Sequence[ExternalAgentInvocation]:
         return await self._newest(limit, *_conditions(query), invocations.c.trace_id == trace_id)
@@ -53,9 +50,8 @@ class PostgresInvocations(InvocationReader):
         return await self._select(select(invocations).where(*conditions).order_by(invocations.c.id.desc()).limit(limit))
 
     async def _select(self, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgentInvocation]:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return [invocation_of(row) for row in (await connection.execute(statement)).mappings()]
+        async with connected(self._reading) as connection:
+            return [invocation_of(row) for row in (await connection.execute(statement)).mappings()]
 
 
 def _conditions(query: InvocationQuery) -> Iterator[ColumnElement[bool]]:

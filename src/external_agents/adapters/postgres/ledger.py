@@ -11,8 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.columns import storable
-from external_agents.adapters.postgres.engine import reading, transaction
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.grouped.batch import Earlier
 from external_agents.adapters.postgres.grouped.committer import GroupCommitter
@@ -108,13 +107,12 @@ class PostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings) as connection:
+        async with transaction(self._endings, within_s=ANSWER_S) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await forecast(connection, org_id, agent_id)
+        async with connected(self._reading) as connection:
+            return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()

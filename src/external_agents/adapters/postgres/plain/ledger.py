@@ -7,8 +7,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
-from external_agents.adapters.postgres.engine import reading, transaction
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.plain import admission
@@ -82,13 +81,12 @@ class PlainPostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings) as connection:
+        async with transaction(self._endings, within_s=ANSWER_S) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await forecast(connection, org_id, agent_id)
+        async with connected(self._reading) as connection:
+            return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()
