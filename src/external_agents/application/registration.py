@@ -101,6 +101,8 @@ class Registrar:
             **document,
             "auth_config": auth_config,
             "platform_config": platform_config,
+            "rate_limit_config": _with_whole_numbers(document["rate_limit_config"]),
+            "max_attempts": int(document["max_attempts"]),
             "tags": tuple(document["tags"]),
             "timeout_s": float(document["timeout_s"]),
             "status": AgentStatus(document["status"]),
@@ -196,6 +198,11 @@ class _Contexts:
             field=path,
             destination=self._destinations[path.partition(".")[0]],
         )
+
+
+def _with_whole_numbers(config: JsonValue) -> JsonValue:
+    """Limits are integers, also where they were sent as 60.0."""
+    return None if config is None else {name: int(limit) for name, limit in config.items()}
 
 
 def _keeps_any(stored: JsonValue, given: JsonValue) -> bool:
