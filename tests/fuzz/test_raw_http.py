@@ -15,7 +15,8 @@ from wire import Operation, Wire
 pytestmark = pytest.mark.xdist_group("fuzz")
 
 HEALTH = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
-fuzzed = settings(derandomize=settings.default.max_examples <= 100, suppress_health_check=HEALTH)  # type: ignore[union-attr]
+_usual = settings.default.max_examples  # type: ignore[union-attr]
+fuzzed = settings(max_examples=4 * _usual, derandomize=_usual <= 100, suppress_health_check=HEALTH)
 """The usual run is the same every time; a thorough one looks elsewhere each time."""
 
 METHODS = ("GET", "POST", "PATCH", "DELETE", "HEAD", "OPTIONS", "PUT", "TRACE", "CONNECT", "PRI", "get", "", "G\x00T")
@@ -143,19 +144,24 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
+hostile_text = st.one_of(st.sampled_from(HOSTILE_TEXT), st.text())
+hostile_numbers = st.one_of(st.sampled_from(HOSTILE_NUMBERS), st.integers(), st.floats())
+
+
 @st.composite
 def changed(draw: st.DrawFn, document: Any) -> Any:
-    """A document with one place of it replaced, removed or added."""
+    """A document with one place of it replaced, removed or added; most often by something of the same type."""
     if isinstance(document, dict) and document:
+        how = draw(st.sampled_from(["into"] * 5 + ["without", "beside"]))
         name = draw(st.sampled_from(sorted(document)))
-        how = draw(st.sampled_from(["into", "into", "instead", "without", "beside"]))
-        rest = {key: value for key, value in document.items() if key != name}
         if how == "into":
             return {**document, name: draw(changed(document[name]))}
-        if how == "instead":
-            return {**document, name: draw(json_values)}
-        return rest if how == "without" else {**document, draw(st.text(max_size=20)): draw(json_values)}
-    return draw(json_values)
+        rest = {key: value for key, value in document.items() if key != name}
+        return rest if how == "without" else {**document, draw(hostile_text): draw(json_values)}
+    if isinstance(document, list) and document and draw(st.booleans()):
+        return [*document, draw(changed(document[0]))]
+    alike = {str: hostile_text, int: hostile_numbers, float: hostile_numbers}.get(type(document), json_values)
+    return draw(st.one_of(alike, alike, json_values))
 
 
 def text_of(value: Any) -> bytes:
@@ -197,7 +203,10 @@ FRAMING = (b"Content-Length", b"Transfer-Encoding", b"Connection", b"Upgrade", b
 field_line = field_text.map(lambda value: value.translate(None, b"\r\n\x00"))
 query_pairs = st.lists(
     st.tuples(
-        st.sampled_from("page limit status provider tag q since until cursor nonsense".split()),
+        st.one_of(
+            st.sampled_from("page limit status provider tag q since until cursor nonsense".split()),
+            pieces.map(quote_from_bytes),
+        ),
         st.one_of(
             pieces.map(quote_from_bytes), st.integers().map(str), st.datetimes().map(lambda at: f"{at.isoformat()}Z"),
             st.sampled_from(["deleted", "", "%", "%zz", "%ff", "%00", "+", "9999-12-31T23:59:59-23:59", "A" * 22]),
