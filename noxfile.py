@@ -90,7 +90,8 @@ def audit(session: nox.Session) -> None:
             "The vulnerability service cannot be asked: it does not know CVE-2018-18074. Nothing was audited."
         )
     installed = folder / "installed.txt"
-    installed.write_text(str(session.run("pip", "freeze", "--exclude", "external-agents", silent=True)))
+    with installed.open("w") as list_:
+        session.run("pip", "freeze", "--exclude", "external-agents", stdout=list_, stderr=None)
     session.run(*ask, str(installed))
 
 
