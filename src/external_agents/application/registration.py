@@ -143,6 +143,8 @@ class Registrar:
             **{name: value for name, value in document.items() if name != SIGNING_SECRET},
             "auth_config": auth_config,
             "platform_config": platform_config,
+            "rate_limit_config": _with_whole_numbers(document["rate_limit_config"]),
+            "max_attempts": int(document["max_attempts"]),
             "tags": tuple(document["tags"]),
             "timeout_s": float(document["timeout_s"]),
             "status": AgentStatus(document["status"]),
@@ -257,6 +259,11 @@ def _replaced(signing: SigningSecrets | None, secret: str | None, at: datetime) 
     if signing is not None:
         return signing.replaced_by(secret, at)
     return None if secret is None else SigningSecrets(secret)
+
+
+def _with_whole_numbers(config: JsonValue) -> JsonValue:
+    """Limits are integers, also where they were sent as 60.0."""
+    return None if config is None else {name: int(limit) for name, limit in config.items()}
 
 
 def _keeps_any(stored: JsonValue, given: JsonValue) -> bool:
