@@ -17,7 +17,7 @@ from external_agents.adapters.postgres.readiness import Readiness, check
 from external_agents.domain.errors import ConfigurationError, Unavailable
 from postgres_server import OpenEngine, PostgresServer, dsn
 
-ALL = ["0001 Foundation", "0002 Group commit"]
+ALL = ["0001 Foundation", "0002 Group commit", "0004 Keys"]
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_every_tenant_tables_primary_key_begins_with_the_organisation(postgres_u
                 """
             ).fetchall()
         )
-    others = {"api_keys", "instances", "external_agents_schema_version"}
+    others = {"api_keys", "api_key_hash_keys", "instances", "external_agents_schema_version"}
     assert {table for table, column in first_columns.items() if column != "org_id"} == others
 
 
