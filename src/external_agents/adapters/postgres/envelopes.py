@@ -185,4 +185,4 @@ class PostgresEnvelopes(EnvelopeStore):
 
 
 async def _numbers(connection: AsyncConnection, statement: TextClause) -> dict[str, int]:
-    return {key_id: number for key_id, number in (await connection.execute(statement)).tuples()}  # noqa: C416
+    return {row[0]: row[1] for row in await connection.execute(statement)}
