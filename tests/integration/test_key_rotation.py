@@ -9,9 +9,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agents import Agent
-from external_agents.adapters.postgres.envelopes import BATCH_MAX
+from external_agents import ExternalAgent
+from external_agents.adapters.postgres.envelopes import BATCH_MAX, PostgresEnvelopes
+from external_agents.adapters.secrets import envelope_key_id
 from external_agents.application.key_rotation import Rewrapped
 from external_agents.bootstrap import Installation, keys_readiness
 from external_agents.domain.errors import SecretUnreadable, Unauthenticated, Unavailable
@@ -153,6 +156,24 @@ async def test_a_secret_that_is_being_changed_is_passed_over_and_taken_later(pos
             assert not rewrapping.done(), "it waits for none of them, and for the end of the change"
         done = await rewrapping
     assert (done.resealed, done.left) == (KINDS, 0)
+
+
+async def test_nobody_changes_what_is_being_sealed_anew(postgres_url: str, postgres_engine: AsyncEngine) -> None:
+    """Or a change that comes between its being read and being replaced would be lost."""
+    async with installation_with(postgres_url, "k1") as installation:
+        await installation.service.create_agent(ALICE, documents()[2])
+    tried: list[str] = []
+
+    def reseal(agent: ExternalAgent, field: str) -> bytes:
+        with psycopg.connect(dsn(postgres_url), options="-c lock_timeout=200ms") as connection:
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                connection.execute("DELETE FROM external_agent_secrets WHERE agent_id = %s", [agent.id])
+            tried.append(field)
+        return agent.sealed[field]
+
+    envelopes = PostgresEnvelopes(postgres_engine, key_id_of=envelope_key_id)
+    assert (await envelopes.reseal("k1", reseal, after=None)).resealed == 1
+    assert tried == ["auth_config.token"]
 
 
 async def test_what_goes_on_being_sealed_with_an_older_key_is_told(postgres_url: str) -> None:
