@@ -26,6 +26,7 @@ from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
 from external_agents.adapters.postgres.embedded.home import unusable
 from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.envelopes import PostgresEnvelopes
 from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
@@ -40,7 +41,9 @@ from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_
 from external_agents.adapters.telemetry import FanOut, RequestContext, StructlogObservability, configure_logging
 from external_agents.adapters.telemetry.prometheus import PrometheusObservability
 from external_agents.adapters.webhook.transport import WebhookTransport
+from external_agents.application.key_rotation import KeyRotation
 from external_agents.application.limited_ledger import LimitedLedger
+from external_agents.application.registration import Registrar
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
@@ -56,6 +59,7 @@ ENDINGS_POOL_WAIT_S = 30.0
 SHARED_CONNECTIONS_MAX = 16
 PARTITIONS_EVERY_S = 86_400.0
 KEYS_EVERY_S = 3_600.0
+LAST_USES_EVERY_S = 5.0
 UPKEEP_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
 
@@ -79,12 +83,15 @@ class Installation:
     api_keys: ApiKeys
     engine: AsyncEngine = attrs.field(repr=False)
     key_ring: KeyRing
+    key_rotation: KeyRotation
     redis: RedisCheck | None = None
 
     async def readiness(self) -> Mapping[str, str | None]:
         """What must be there to serve, by name, and why it is not; None where it is."""
         redis = {} if self.redis is None else {"redis": (await self.redis()).reason}
-        return {**await database_readiness(self.engine), **redis, "keys": None}
+        database = await database_readiness(self.engine)
+        keys = None if any(database.values()) else await keys_readiness(self.key_rotation)
+        return {**database, **redis, "keys": keys}
 
 
 async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
@@ -96,6 +103,18 @@ async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
         "database": fault if state.disk else "the database has no disk space left",
         "schema": schema if state.database else "unknown: the database cannot be reached",
     }
+
+
+async def keys_readiness(key_rotation: KeyRotation) -> str | None:
+    """Which secret keys are missing; None: none is."""
+    try:
+        missing = await key_rotation.missing()
+    except Unavailable:
+        return "unknown: the database cannot be reached"
+    if not missing:
+        return None
+    named = f"the secret key {missing[0]} is" if len(missing) == 1 else f"the secret keys {', '.join(missing)} are"
+    return f"{named} in use and not configured: put it back into {variable_of('secret_keys')}"
 
 
 @asynccontextmanager
@@ -140,7 +159,8 @@ async def open_installation(
     )
     ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
-    authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
+    secret_box = AesGcmSecretBox(key_ring)
+    authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock, secret_box=secret_box)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
@@ -149,7 +169,7 @@ async def open_installation(
         ledger=ledger,
         policy=CedarPolicyDecisionPoint(CedarPolicies.load(settings.policy_dir)),
         transport=transport,
-        secret_box=AesGcmSecretBox(key_ring),
+        secret_box=secret_box,
         observability=observability,
         url_rules=settings.egress_policy,
         clock=clock,
@@ -161,6 +181,7 @@ async def open_installation(
         partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s, observe=observability),
         partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
         partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
+        partial(_every, LAST_USES_EVERY_S, authenticator.tell_last_uses, "the noting of API keys' last uses"),
     )
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
@@ -170,6 +191,7 @@ async def open_installation(
             api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
             engine=engine,
             key_ring=key_ring,
+            key_rotation=key_rotation(settings, engine, key_ring),
             redis=redis,
         )
     finally:
@@ -177,8 +199,9 @@ async def open_installation(
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-        with suppress(Unavailable):
-            await postgres_ledger.retire()
+        for last_word in (authenticator.tell_last_uses, postgres_ledger.retire):
+            with suppress(Unavailable):
+                await last_word()
         for part in (limiter, redis):
             if part is not None:
                 await part.aclose()
@@ -261,6 +284,19 @@ def load_key_ring(settings: Settings) -> KeyRing:
     except OSError as error:
         raise unusable(error) from error
     return KeyRing.load_or_create(home / "secret-keys")
+
+
+def key_rotation(settings: Settings, engine: AsyncEngine, key_ring: KeyRing) -> KeyRotation:
+    """What hangs on which secret key, and moving it to the first."""
+    secret_box = AesGcmSecretBox(key_ring)
+    return KeyRotation(
+        store=PostgresEnvelopes(engine, key_id_of=envelope_key_id),
+        reseal=Registrar(discover_catalog(), settings.egress_policy, secret_box).resealed,
+        secret_box=secret_box,
+        key_ids=key_ring.key_ids,
+        hash_keys=key_ring.api_key_hash_keys,
+        clock=SystemClock(),
+    )
 
 
 def redis_connection(url: str) -> RedisConnection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ from external_agents.adapters.postgres.embedded import running_url
 from postgres_server import psql_dump
 from serve import API, Serve, agent_document, everything, run
 
-CANARY = "canary"
+CANARY = "canary-of-the-coal-mine"
 """Every secret here begins with it, and nothing else has it."""
 MARK = "in-plain-sight"
 """What is no secret, planted beside them: where it is not found, the search itself is broken."""
@@ -49,6 +50,14 @@ WRONG: list[dict[str, Any]] = [
     {"signing_secret": [f"whsec_{CANARY}"]},
 ]
 
+ECHOES = [
+    Reply(raw=f"HTTP/1.1 {CANARY}-status\r\n\r\n".encode(), close=True),
+    Reply(raw=f"HTTP/1.1 200 OK\r\nContent-Length: {CANARY}-length\r\n\r\n".encode(), close=True),
+    Reply(raw=f"HTTP/1.1 200 OK\r\nContent-Encoding: {CANARY}-encoding\r\n\r\n".encode(), close=True),
+    Reply(302, headers=(("Location", f"https://{CANARY}-location.example.com/"),), body=b""),
+]
+"""What an agent that is not well may do with what it was sent. (What it says in a body is its answer, and is kept.)"""
+
 pytestmark = pytest.mark.xdist_group("e2e")
 
 
@@ -81,6 +90,10 @@ async def test_no_secret_is_seen_anywhere(
         assert malformed.status_code == 400
     refused = await api.get(API, headers={"Authorization": f"Bearer {CANARY}-api-key"})
     assert refused.status_code == 401
+    await _echoed(api, agent)
+    for path in ("/metrics", "/readyz", "/healthz", "/openapi.json", "/docs"):
+        await api.get(path)
+    await api.get(f"{API}/{agent_ids[0]}/usage")
     await api.get(API, params={"tag": MARK})
     await api.get(f"{API}/invocations", params={"limit": 100})
 
@@ -113,9 +126,37 @@ async def test_no_secret_is_in_the_files_of_the_database(serve: Serve, api: http
 
 
 def _assert_no_secret(place: str, text: str, key: str) -> None:
-    found = re.findall(rf".{{0,80}}{CANARY}.{{0,40}}", text)
+    found = re.findall(rf".{{0,80}}(?:{'|'.join(_disguises(CANARY))}).{{0,40}}", text)
     assert not found, f"{place}: {found}"
     assert key not in text, f"{place} shows an API key"
+
+
+def _disguises(secret: str) -> list[str]:
+    """In clear, in hexadecimal as a dump shows bytes, and in base64 wherever it begins."""
+    in_base64 = [base64.b64encode(b" " * lead + secret.encode()).decode()[4:-4] for lead in range(3)]
+    disguises = [secret, secret.encode().hex(), *in_base64]
+    assert min(map(len, disguises)) > 20, "none is found by chance"
+    return [re.escape(disguise) for disguise in disguises]
+
+
+async def _echoed(api: httpx.AsyncClient, agent: Agent) -> None:
+    """Failures in whose causes a secret is found: they tell what failed, and not with which words."""
+    created = await api.post(API, json=agent_document(agent.url, max_attempts=1))
+    path = f"{API}/{created.json()['id']}"
+    for echo in ECHOES:
+        agent.answers(echo)
+        assert (await api.post(f"{path}/invoke", json={"input": MARK})).status_code == 502
+    agent.answers(Reply())
+    for refusal in (
+        Reply(400, body=f'{{"error": "invalid_client", "error_description": "{CANARY}-echo"}}'.encode()),
+        Reply(body=f'{{"access_token": ["{CANARY}-list"]}}'.encode()),
+        Reply(body=f"{CANARY}-text".encode()),
+    ):
+        config = {**AUTH["oauth2"], "token_url": agent.at("/token", refusal)}
+        patch = {"auth_type": "oauth2", "auth_config": config}
+        assert (await api.patch(path, json=patch)).status_code == 200
+        assert (await api.post(f"{path}/invoke", json={"input": MARK})).status_code == 502
+    await api.get(f"{path}/invocations")
 
 
 async def _live(api: httpx.AsyncClient, agent: Agent, **changes: Any) -> str:
@@ -149,7 +190,11 @@ def _commands(serve: Serve, agent_ids: list[str]) -> str:
         ("agents", "list", "--org", "dev", "--tag", MARK, "--limit", "100", "--json"),
         ("agents", "show", agent_ids[0], "--org", "dev"),
         ("invocations", "list", "--org", "dev", "--agent", agent_ids[0], "--json"),
+        ("invoke", agent_ids[0], "--org", "dev", "--json", json.dumps({"input": MARK})),
+        ("agents", "create", "--org", "dev", json.dumps(agent_document("https://agent.example.com/", **WRONG[4]))),
+        ("agents", "update", agent_ids[0], "--org", "dev", f'{{"auth_config": "{CANARY}", {CANARY}'),
         ("keys", "list", "--org", "dev"),
+        ("keys", "rewrap"),
         ("check",),
     ]
     return "\n".join(done.stdout + done.stderr for done in (run(*command, home=serve.home) for command in commands))

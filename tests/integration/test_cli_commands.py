@@ -100,7 +100,9 @@ def test_keys_are_made_listed_and_revoked_beside_a_running_serve(serve: Serve) -
         assert listed[0]["permissions"] == PERMISSIONS
         assert listed[0]["expires_at"] is None
         described = {name: value for name, value in made.items() if name != "key"}
-        assert listed[1] == {**described, "revoked_at": None}
+        used_at = eventually(lambda: _last_used(serve, made["id"]), 30)
+        assert abs(datetime.fromisoformat(used_at) - datetime.now(UTC)) < timedelta(minutes=10)
+        assert listed[1] == {**described, "revoked_at": None, "last_used_at": listed[1]["last_used_at"]}
 
         assert succeed("keys", "revoke", made["id"], home=serve.home) == ""
         eventually(lambda: client.get(API).status_code == 401, REVOKED_WITHIN_S)
@@ -108,11 +110,17 @@ def test_keys_are_made_listed_and_revoked_beside_a_running_serve(serve: Serve) -
         assert httpx.get(f"{serve.address}{API}", headers=bearer(made["key"])).status_code == 401
 
     table = succeed("keys", "list", "--org", "acme", home=serve.home).splitlines()
-    assert table[0].split() == ["id", "subject", "permissions", "expires", "revoked"]
+    assert table[0].split() == ["id", "subject", "permissions", "expires", "revoked", "used"]
     assert [line.split()[:2] for line in table[1:]] == [[listed[0]["id"], "all"], [made["id"], "ci"]]
     assert "never" in table[1]
     assert made["key"] not in "".join(table)
     assert "No such API key" in failure(run("keys", "revoke", UNKNOWN_ID, home=serve.home))
+
+
+def _last_used(serve: Serve, key_id: str) -> str | None:
+    listed = succeed_json("keys", "list", "--org", "acme", home=serve.home)["items"]
+    [used_at] = [item["last_used_at"] for item in listed if item["id"] == key_id]
+    return str(used_at) if used_at else None
 
 
 @beside

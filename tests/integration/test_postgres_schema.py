@@ -24,7 +24,7 @@ AGENT_ROW = """{
     "updated_by": "tester", "created_at": "2026-03-10T12:00:00Z", "updated_at": "2026-03-10T12:00:00Z", "version": 1,
     "name_folded": "x", "description_folded": "", "previous_signing_secret_until": "2026-03-11T12:00:00Z"
 }"""
-ALL = ["0001 Foundation", "0002 Group commit", "0003 Signing secrets"]
+ALL = ["0001 Foundation", "0002 Group commit", "0003 Signing secrets", "0004 Keys"]
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_every_tenant_tables_primary_key_begins_with_the_organisation(postgres_u
                 """
             ).fetchall()
         )
-    others = {"api_keys", "instances", "external_agents_schema_version"}
+    others = {"api_keys", "api_key_hash_keys", "instances", "external_agents_schema_version"}
     assert {table for table, column in first_columns.items() if column != "org_id"} == others
 
 

@@ -12,7 +12,7 @@ from external_agents.domain.agent import CHANGEABLE, DEFAULTS, AgentStatus, Exte
 from external_agents.domain.auth import EVERYTHING, Credentials
 from external_agents.domain.catalog import Catalog, join_secrets, split_secrets
 from external_agents.domain.egress import Destination, UrlRules
-from external_agents.domain.errors import Fault, ValidationError
+from external_agents.domain.errors import Fault, SecretUnreadable, ValidationError
 from external_agents.domain.json_values import JsonValue, decode, dumps, judged_value, merge_patch
 from external_agents.domain.signing import PREVIOUS_SIGNING_SECRET, SIGNING_SECRET, SigningSecrets
 from external_agents.ports.secrets import SecretBox, SecretContext
@@ -128,6 +128,19 @@ class Registrar:
         previous = secrets.get(PREVIOUS_SIGNING_SECRET)
         return SigningSecrets(secrets[SIGNING_SECRET], previous, agent.previous_signing_secret_until)
 
+    def resealed(self, agent: ExternalAgent, path: str) -> bytes:
+        """
+        The secret at a path in a new envelope.
+
+        Raises:
+            SecretUnreadable: Its envelope cannot be opened.
+        """
+        try:
+            context = self._contexts(self._bound_fields(agent), agent.org_id, agent.id)(path)
+        except (KeyError, TypeError, ValueError):
+            raise SecretUnreadable("Its auth type or platform is not installed, or its row was altered.") from None
+        return self._secret_box.seal(self._secret_box.open(agent.sealed[path], context), context)
+
     def _fields(
         self, document: Document, signing: SigningSecrets | None, org_id: str, agent_id: UUID
     ) -> dict[str, JsonValue]:
@@ -177,17 +190,19 @@ class Registrar:
 
     def _opened(self, agent: ExternalAgent, config: str) -> dict[str, JsonValue]:
         """The secrets of one of the configs, or those for signing, by their paths."""
-        document = {
-            "provider": agent.provider,
-            "webhook_url": agent.webhook_url,
-            "auth_type": agent.auth_type,
-            "auth_config": agent.auth_config,
-        }
-        contexts = self._contexts(document, agent.org_id, agent.id)
+        contexts = self._contexts(self._bound_fields(agent), agent.org_id, agent.id)
         return {
             path: decode(self._secret_box.open(envelope, contexts(path)))
             for path, envelope in agent.sealed.items()
             if path.partition(".")[0] == config
+        }
+
+    def _bound_fields(self, agent: ExternalAgent) -> Document:
+        return {
+            "provider": agent.provider,
+            "webhook_url": agent.webhook_url,
+            "auth_type": agent.auth_type,
+            "auth_config": agent.auth_config,
         }
 
     def _contexts(self, document: Document, org_id: str, agent_id: UUID) -> _Contexts:

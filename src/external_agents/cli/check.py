@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import typer
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.abac import CedarPolicies
 from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
@@ -18,6 +19,8 @@ from external_agents.bootstrap import (
     database_readiness,
     discover_catalog,
     home_folder,
+    key_rotation,
+    keys_readiness,
     load_key_ring,
     redis_connection,
 )
@@ -86,23 +89,43 @@ async def _redis_readiness(url: str) -> RedisReadiness:
 
 def _database_findings(settings: Settings) -> Iterator[tuple[str, bool, str]]:
     with database(settings) as url:
-        state, audit = asyncio.run(_look(url))
+        state, keys, audit = asyncio.run(_look(settings, url))
         where = "external" if settings.database_url else f"embedded, under {home_folder(settings)}"
         if outage := state["database"]:
             state["database"] = f"{outage}: start it, or mend {variable_of('database_url')}"
         for name, reason in state.items():
             yield name, reason is None, reason or (where if name == "database" else "up to date")
+    yield from keys
     if audit is not None:
         yield from _budget_findings(audit)
 
 
-async def _look(url: str) -> tuple[dict[str, str | None], BudgetAudit | None]:
+async def _look(
+    settings: Settings, url: str
+) -> tuple[dict[str, str | None], list[tuple[str, bool, str]], BudgetAudit | None]:
     engine = create_engine(url)
     try:
         state = await database_readiness(engine)
-        return state, None if any(state.values()) else await audit_budgets(engine)
+        if any(state.values()):
+            return state, [], None
+        return state, await _key_findings(settings, engine), await audit_budgets(engine)
     finally:
         await engine.dispose()
+
+
+async def _key_findings(settings: Settings, engine: AsyncEngine) -> list[tuple[str, bool, str]]:
+    try:
+        rotation = key_rotation(settings, engine, load_key_ring(settings))
+    except ExternalAgentsError:
+        return []  # What is wrong with the keys, or the catalog, is told already.
+    uses = "; ".join(
+        f"{key_id}: {use.secrets:,} secrets, {use.api_keys:,} API keys"
+        for key_id, use in (await rotation.uses()).items()
+    )
+    found = [("secrets", True, f"by secret key: {uses}")]
+    if missing := await keys_readiness(rotation):
+        found.append(("secrets", False, missing))
+    return found
 
 
 def _budget_findings(audit: BudgetAudit) -> Iterator[tuple[str, bool, str]]:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from uuid import UUID
 
 import attrs
-from sqlalchemy import ColumnElement, Select, delete, func, insert, select, true, update
+from sqlalchemy import ARRAY, ColumnElement, Select, Uuid, any_, delete, func, insert, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
@@ -123,6 +123,15 @@ class PostgresAgents(AgentReader, AgentWriter):
     async def _select(self, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgent]:
         async with connected(self._reading) as connection:
             return [agent_of(row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def agents_with_ids(
+    connection: AsyncConnection, org_id: str, agent_ids: Sequence[UUID]
+) -> Sequence[ExternalAgent]:
+    """Those of these agents that there are, in any order, within the transaction of the connection."""
+    wanted = agents.c.id == any_(literal(list(agent_ids), ARRAY(Uuid)))
+    rows = await connection.execute(_WHOLE_AGENTS.where(agents.c.org_id == org_id, wanted))
+    return [agent_of(row) for row in rows.mappings()]
 
 
 def _is(org_id: str, agent_id: UUID) -> tuple[_Condition, _Condition]:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ARRAY, RowMapping, Select, Uuid, any_, func, insert, literal, select, update
+from sqlalchemy import ARRAY, RowMapping, Select, Uuid, any_, func, insert, literal, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.columns import config_of, config_text
 from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
-from external_agents.adapters.postgres.tables import api_keys
+from external_agents.adapters.postgres.tables import api_key_hash_keys, api_keys
 from external_agents.domain.access import Principal
 from external_agents.ports.identity import ApiKey, ApiKeyStore
+
+_WHOLE_KEYS = select(api_keys, api_key_hash_keys.c.envelope.label("sealed_hash_key")).outerjoin(
+    api_key_hash_keys, api_keys.c.hash_key_id == api_key_hash_keys.c.hash_key_id
+)
+
+# Locked in the order of their ids: other processes note uses of the same keys. What has changed by then is judged anew.
+_NOTE_USES = text(
+    """
+    UPDATE api_keys SET last_used_at = used.at
+    FROM (
+        SELECT key.id, use.at
+        FROM unnest(CAST(:ids AS uuid[]), CAST(:moments AS timestamptz[])) AS use (id, at)
+        JOIN api_keys AS key ON key.id = use.id
+        WHERE key.last_used_at IS NULL OR key.last_used_at < date_trunc('hour', use.at, 'UTC')
+        ORDER BY key.id FOR NO KEY UPDATE OF key
+    ) AS used
+    WHERE api_keys.id = used.id
+    """
+)
 
 
 class PostgresApiKeys(ApiKeyStore):
@@ -27,11 +46,11 @@ class PostgresApiKeys(ApiKeyStore):
             await connection.execute(insert(api_keys).values(_values(key)))
 
     async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
-        return await self._select(select(api_keys).where(api_keys.c.id == any_(literal(list(key_ids), ARRAY(Uuid)))))
+        return await self._select(_WHOLE_KEYS.where(api_keys.c.id == any_(literal(list(key_ids), ARRAY(Uuid)))))
 
     async def list(self, org_id: str) -> Sequence[ApiKey]:
         newest_first = (api_keys.c.created_at.desc(), api_keys.c.id.desc())
-        return await self._select(select(api_keys).where(api_keys.c.org_id == org_id).order_by(*newest_first))
+        return await self._select(_WHOLE_KEYS.where(api_keys.c.org_id == org_id).order_by(*newest_first))
 
     async def revoke(self, key_id: UUID, at: datetime) -> bool:
         statement = (
@@ -42,6 +61,10 @@ class PostgresApiKeys(ApiKeyStore):
         )
         async with transaction(self._engine, within_s=ANSWER_S) as connection:
             return await connection.scalar(statement) is not None
+
+    async def note_uses(self, uses: Mapping[UUID, datetime]) -> None:
+        async with connected(self._reading) as connection:
+            await connection.execute(_NOTE_USES, {"ids": list(uses), "moments": list(uses.values())})
 
     async def _select(self, statement: Select[Any]) -> Sequence[ApiKey]:
         async with connected(self._reading) as connection:
@@ -60,6 +83,7 @@ def _values(key: ApiKey) -> dict[str, Any]:
         "created_at": key.created_at,
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
+        "last_used_at": key.last_used_at,
     }
 
 
@@ -72,4 +96,6 @@ def _key_of(row: RowMapping) -> ApiKey:
         created_at=row["created_at"],
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
+        sealed_hash_key=row["sealed_hash_key"],
+        last_used_at=row["last_used_at"],
     )
