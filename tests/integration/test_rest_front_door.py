@@ -160,6 +160,9 @@ class TestWhatIsNoRequest:
                 raw.sendall(request_[split:] + GET + b"\r\n")
                 assert is_refusal(rest_of(raw), 400)
 
+    def test_another_protocol_is_not_waited_for(self, port: int) -> None:
+        assert is_refusal(exchange(port, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), 400)
+
     def test_a_chunk_larger_than_a_number_holds_is_no_small_one(self, port: int) -> None:
         """2**64 + 2 bytes: whoever counts with 64 bits sees two, and takes what follows for the next request."""
         answer = exchange(port, CHUNKED + b"10000000000000002\r\n{}\r\n0\r\n\r\n" + GET + b"\r\n")
@@ -194,6 +197,7 @@ class TestWhatIsNoRequest:
                 while sent < 500_000_000:
                     raw.sendall(b"y" * 1_000_000)
                     sent += 1_000_000
+        assert sent < 64_000_000, "what follows a refusal is not read for long"
         assert psutil.Process(pid).memory_info().rss - before < 20_000_000
 
     def test_no_answer_tells_a_version(self, port: int) -> None:
