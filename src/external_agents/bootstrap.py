@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -37,6 +38,8 @@ from external_agents.adapters.redis import RedisCheck, RedisConnection, RedisRat
 from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
+from external_agents.adapters.rest.metrics import Exposition
+from external_agents.adapters.rest.metrics_server import listening, metrics_served
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
 from external_agents.adapters.telemetry import FanOut, RequestContext, StructlogObservability, configure_logging
 from external_agents.adapters.telemetry.prometheus import PrometheusObservability
@@ -214,31 +217,83 @@ def create_asgi_app(settings: Settings | None = None, *, make_ledger: MakeLedger
     """
     The API, for any ASGI server: `gunicorn -k asgi 'external_agents.bootstrap:create_asgi_app()'`.
 
-    It uses the database of the settings, or the embedded one of a running `serve`; it never starts one.
+    It uses the database of the settings, or the embedded one of a running `serve`; it never starts one. With
+    METRICS_ADDRESS, each process that opens it listens there as well, and the kernel chooses who answers.
     `make_ledger` is that of `open_installation`.
 
     Raises:
         ConfigurationError: The settings do not make a running service.
     """
     chosen = settings or Settings.from_env()
-    configure_logging(chosen.log_format, chosen.log_level)
+    return _asgi_app(chosen, make_ledger, partial(_metrics_shown, chosen))
+
+
+def create_worker_app() -> AsgiApp:
+    """The API in a worker of `serve`, which shows the metrics at METRICS_ADDRESS itself."""
+    return _asgi_app(Settings.from_env(), PostgresLedger, lambda exposition: nullcontext())
+
+
+def _asgi_app(
+    settings: Settings,
+    make_ledger: MakeLedger,
+    metrics_shown: Callable[[Exposition], AbstractAsyncContextManager[None]],
+) -> AsgiApp:
+    configure_logging(settings.log_format, settings.log_level)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
         metrics = PrometheusObservability()
-        database_url = _running_database_url(chosen)
+        database_url = _running_database_url(settings)
         with metrics.counting_errors():
-            async with open_installation(chosen, database_url, metrics, make_ledger=make_ledger) as installation:
+            async with (
+                metrics_shown(metrics.exposition),
+                open_installation(settings, database_url, metrics, make_ledger=make_ledger) as installation,
+            ):
                 yield create_app(
                     installation.service,
                     readiness=installation.readiness,
-                    body_limit_bytes=chosen.max_body_bytes,
+                    body_limit_bytes=settings.max_body_bytes,
                     log_context=RequestContext,
-                    metrics=metrics.exposition,
+                    metrics=metrics.exposition if settings.metrics_address is None else None,
                     on_request=metrics.request,
                 )
 
     return LifespanApp(opened)
+
+
+@asynccontextmanager
+async def _metrics_shown(settings: Settings, exposition: Exposition) -> AsyncIterator[None]:
+    with metrics_listener(settings, shared=True) as listener:
+        if listener is None:
+            yield
+            return
+        async with metrics_served(listener, exposition):
+            yield
+
+
+@contextmanager
+def metrics_listener(settings: Settings, *, shared: bool = False) -> Iterator[socket.socket | None]:
+    """
+    Listens at METRICS_ADDRESS for the length of the block; None where that is not set.
+
+    Args:
+        shared: Every process of one server of an operator's own listens there.
+
+    Raises:
+        ConfigurationError: Nobody can listen there.
+    """
+    address = settings.metrics_address
+    if address is None:
+        yield None
+        return
+    try:
+        listener = listening(address.host, address.port, shared=shared)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{variable_of('metrics_address')}: cannot listen on {address}: {error.strerror}. Choose another address."
+        ) from error
+    with listener:
+        yield listener
 
 
 @contextmanager

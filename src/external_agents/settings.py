@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +22,9 @@ LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MAX_BODY_BYTES_BOUNDS = (1_024, 268_435_456)
 SHARD_GROUPS_MAX = 4_096
+PORT_MAX = 65_535
+
+_LISTEN_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 
 
 def _database_url(url: str | None) -> str | None:
@@ -72,6 +77,39 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser().absolute()
 
 
+@attrs.frozen
+class ListenAddress:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> ListenAddress:
+        """
+        `127.0.0.1:9100`, `localhost:9100`, `[::1]:9100`
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        match = _LISTEN_ADDRESS.fullmatch(text)
+        if match is None or int(match["port"]) > PORT_MAX:
+            raise ValueError("must be host:port, with an IPv6 address in brackets")
+        if match["ipv6"] is not None:
+            try:
+                IPv6Address(match["ipv6"])
+            except ValueError:
+                raise ValueError(f"must have an IPv6 address in its brackets, not {match['ipv6']}") from None
+        return cls(match["ipv6"] or match["name"], int(match["port"]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _listen_address(text: str | None) -> ListenAddress | None:
+    return None if text is None else ListenAddress.parse(text)
+
+
 @environ.config(prefix=PREFIX, frozen=True)
 class Settings:
     """
@@ -88,6 +126,7 @@ class Settings:
         redis_url: None: rate limits live in the database.
         shard_groups: 1 on a single PostgreSQL; the shard count where the tables are distributed by organisation.
         policy_dir: None: the packaged Cedar policies alone.
+        metrics_address: Where `/metrics` is shown instead of at the API's address; None: there.
     """
 
     database_url: str | None = environ.var(None, converter=_database_url, help="an external PostgreSQL")
@@ -107,6 +146,9 @@ class Settings:
         "1", converter=partial(_bounded, minimum=1, maximum=SHARD_GROUPS_MAX), help="shards of a distributed database"
     )
     policy_dir: Path | None = environ.var(None, converter=_path, help="a folder of *.cedar files")
+    metrics_address: ListenAddress | None = environ.var(
+        None, converter=_listen_address, help="host:port where /metrics is shown instead of at the API's address"
+    )
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str] | None = None) -> Settings:

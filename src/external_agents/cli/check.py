@@ -14,6 +14,7 @@ from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.redis import RedisCheck, RedisReadiness
 from external_agents.adapters.redis.readiness import REQUIRED
+from external_agents.adapters.rest.metrics_server import shows_metrics
 from external_agents.bootstrap import (
     database,
     database_readiness,
@@ -22,11 +23,12 @@ from external_agents.bootstrap import (
     key_rotation,
     keys_readiness,
     load_key_ring,
+    metrics_listener,
     redis_connection,
 )
 from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.errors import ExternalAgentsError
-from external_agents.settings import PREFIX, Settings, variable_of
+from external_agents.settings import PREFIX, ListenAddress, Settings, variable_of
 
 
 def check() -> None:
@@ -56,12 +58,25 @@ def _findings() -> Iterator[tuple[str, bool, str]]:
     yield _finding("keys", lambda: f"sealing with {load_key_ring(settings).key_ids[0]}")
     yield _finding("policies", lambda: f"{len(CedarPolicies.load(settings.policy_dir).loaded)} in force")
     yield _finding("catalog", lambda: f"auth types: {', '.join(discover_catalog().auth_schemes)}")
+    if settings.metrics_address is not None:
+        yield _metrics_finding(settings, settings.metrics_address)
     if settings.redis_url is not None:
         yield _redis_finding(settings.redis_url)
     try:
         yield from _database_findings(settings)
     except ExternalAgentsError as error:
         yield "database", False, str(error)
+
+
+def _metrics_finding(settings: Settings, address: ListenAddress) -> tuple[str, bool, str]:
+    if shows_metrics(address.host, address.port):
+        return "metrics", True, f"shown at {address}"
+    return _finding("metrics", lambda: _metrics_address_is_free(settings))
+
+
+def _metrics_address_is_free(settings: Settings) -> str:
+    with metrics_listener(settings):
+        return f"nobody listens at {settings.metrics_address} yet: `external-agents serve` will"
 
 
 def _redis_finding(url: str) -> tuple[str, bool, str]:

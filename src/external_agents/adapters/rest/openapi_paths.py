@@ -86,7 +86,7 @@ def _create(catalog: Catalog) -> Document:
                 "links": links(*_OF_AGENT, agent_id="$response.body#/id"),
             },
         },
-        errors=("400", "413", "415"),
+        errors=("400", "408", "413", "415"),
     )
 
 
@@ -131,7 +131,7 @@ def _patch(catalog: Catalog) -> Document:
         parameters=[if_match()],
         requestBody=body("AgentPatch", examples.PATCHES, "application/merge-patch+json", JSON),
         responses={"200": answer("The agent.", ref("Agent"), examples.agent(catalog), ETag="ETag")},
-        errors=("400", "404", "412", "413", "415"),
+        errors=("400", "404", "408", "412", "413", "415"),
     )
 
 
@@ -185,7 +185,7 @@ def _invoke() -> Document:
                 ),
             },
         },
-        errors=("400", "402", "404", "409", "413", "415", "422", "429", "502", "504"),
+        errors=("400", "402", "404", "408", "409", "413", "415", "422", "429", "502", "504"),
     )
 
 
