@@ -19,7 +19,8 @@ import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.abac import CedarPolicies, CedarPolicyDecisionPoint
-from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys
+from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys, ByForm
+from external_agents.adapters.identity.jwt import IssuerKeys, JwksEndpoint, JwtAuthenticator
 from external_agents.adapters.memory.system import SystemClock, SystemIds
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
@@ -139,7 +140,12 @@ async def open_installation(
     )
     ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
-    authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
+    issuer = settings.token_issuer
+    issuer_keys = None if issuer is None else IssuerKeys(JwksEndpoint(issuer.jwks_url).fetch, clock)
+    authenticator: Authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
+    if issuer is not None and issuer_keys is not None:
+        jwt = JwtAuthenticator(issuer=issuer.name, audience=issuer.audience, keys=issuer_keys, clock=clock)
+        authenticator = ByForm(api_keys=authenticator, jwt=jwt)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
@@ -178,7 +184,7 @@ async def open_installation(
         await asyncio.gather(*background, return_exceptions=True)
         with suppress(Unavailable):
             await postgres_ledger.retire()
-        for part in (limiter, redis):
+        for part in (limiter, redis, issuer_keys):
             if part is not None:
                 await part.aclose()
         await transport.aclose()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import typer
 
 from external_agents.adapters.abac import CedarPolicies
+from external_agents.adapters.identity.jwt import JwksEndpoint, KeySet, KeySetUnavailable
 from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.redis import RedisCheck, RedisReadiness
@@ -23,12 +24,14 @@ from external_agents.bootstrap import (
 )
 from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.errors import ExternalAgentsError
-from external_agents.settings import PREFIX, Settings, variable_of
+from external_agents.settings import PREFIX, Settings, TokenIssuer, variable_of
 
 
 def check() -> None:
     """
-    Look at settings, database, migrations, Redis, keys, policies and budgets: what is wrong, and how to mend it.
+    Look at settings, database, migrations, Redis, keys, the issuer of JWTs, policies and budgets.
+
+    It says what is wrong, and how to mend it.
 
     Every budget is compared with its invocations, which takes some seconds a million.
 
@@ -53,12 +56,25 @@ def _findings() -> Iterator[tuple[str, bool, str]]:
     yield _finding("keys", lambda: f"sealing with {load_key_ring(settings).key_ids[0]}")
     yield _finding("policies", lambda: f"{len(CedarPolicies.load(settings.policy_dir).loaded)} in force")
     yield _finding("catalog", lambda: f"auth types: {', '.join(discover_catalog().auth_schemes)}")
+    if (issuer := settings.token_issuer) is not None:
+        yield _jwt_finding(issuer)
     if settings.redis_url is not None:
         yield _redis_finding(settings.redis_url)
     try:
         yield from _database_findings(settings)
     except ExternalAgentsError as error:
         yield "database", False, str(error)
+
+
+def _jwt_finding(issuer: TokenIssuer) -> tuple[str, bool, str]:
+    try:
+        keys: KeySet = asyncio.run(JwksEndpoint(issuer.jwks_url).fetch())
+    except KeySetUnavailable as outage:
+        return "jwt", False, f"no JWK set: {outage}: mend that, or {variable_of('jwt_jwks_url')}"
+    skipped = "".join(f"; {reason}" for reason in keys.skipped)
+    if not keys.keys:
+        return "jwt", False, f"the JWK set of {issuer.name} has no usable key{skipped}"
+    return "jwt", True, f"{issuer.name}, for {issuer.audience}: {len(keys.keys)} usable of its keys{skipped}"
 
 
 def _redis_finding(url: str) -> tuple[str, bool, str]:
