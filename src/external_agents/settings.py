@@ -215,6 +215,4 @@ def _jwt_faults(values: Mapping[str, str | None]) -> list[str]:
     missing = [variable_of(field) for field, value in values.items() if not value]
     if len(missing) in {0, len(values)}:
         return []
-    return [
-        f"{' and '.join(missing)} must be set, too: JWTs need an issuer, an audience and the URL of the issuer's keys"
-    ]
+    return [f"{' and '.join(missing)} must be set, too: JWTs need an issuer, an audience and a URL of keys"]

@@ -143,7 +143,8 @@ def _header(token: str) -> Mapping[str, JsonValue]:
         raise TokenRefused("it has not three parts")
     header, *_ = [_octets(part) for part in parts]
     fields = _object(header)
-    if fields.get("alg") not in ALGORITHMS:
+    algorithm = fields.get("alg")
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         raise TokenRefused("its algorithm is none that is used here")
     if any(name in fields for name in REFUSED_PARAMETERS):
         raise TokenRefused("its header brings a key, or asks to be read in another way")

@@ -72,7 +72,7 @@ class IssuerKeys:
         """
         keys = self.kept()
         if keys is None:
-            keys = await self._fetched() or self.kept()
+            keys = await self._for_want_of_any()
         elif kid is not None and not keys.named(kid):
             keys = await self._asked_anew(keys)
         if keys is None:
@@ -84,6 +84,11 @@ class IssuerKeys:
             self._flight.cancel()
             await asyncio.gather(self._flight, return_exceptions=True)
 
+    async def _for_want_of_any(self) -> KeySet | None:
+        if self._flight is None and self._is_failing and self._since(self._began_s) < NOTHING_KEPT_AGAIN_S:
+            return None
+        return await self._fetched() or self.kept()
+
     async def _asked_anew(self, kept: KeySet) -> KeySet | None:
         """None: the name may be one of the issuer's, or not."""
         if self._flight is None:
@@ -94,13 +99,7 @@ class IssuerKeys:
 
     async def _fetched(self) -> KeySet | None:
         """None: there is nothing to be had."""
-        flight = self._flight
-        if flight is None:
-            has_none = self.kept() is None
-            if has_none and self._is_failing and self._since(self._began_s) < NOTHING_KEPT_AGAIN_S:
-                return None
-            flight = self._start()
-        return await asyncio.shield(flight)
+        return await asyncio.shield(self._flight or self._start())
 
     def _start(self) -> asyncio.Task[KeySet | None]:
         self._began_s = self._clock.monotonic_s()

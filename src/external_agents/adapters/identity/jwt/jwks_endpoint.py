@@ -12,7 +12,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from external_agents.adapters.identity.jwt.key_set import KeySet, KeySetUnavailable
 
 FETCH_TIMEOUT_S = 4.0
-"""Of the whole exchange. A caller whose token waits for it is answered within 5 s."""
+"""So that a caller whose token waits for it is answered within 5 s."""
 DOCUMENT_LIMIT_BYTES = 512 * 1024
 
 _HEADERS = {"Accept": "application/jwk-set+json, application/json", "Accept-Encoding": "identity"}
@@ -23,12 +23,16 @@ class JwksEndpoint:
     A URL that the operator chose. So the egress rules do not hold for it; and as it redirects nowhere, for no other.
 
     Args:
+        timeout_s: Of the whole exchange.
         ssl_context: Whom to trust; by default the machine's authorities and certifi's.
     """
 
-    def __init__(self, url: str, *, ssl_context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float = FETCH_TIMEOUT_S, ssl_context: ssl.SSLContext | None = None
+    ) -> None:
         self._url = url
-        self._ssl_context = ssl_context or _default_ssl_context()
+        self._timeout_s = timeout_s
+        self._ssl_context = ssl_context or (_default_ssl_context() if url.lower().startswith("https:") else True)
 
     async def fetch(self) -> KeySet:
         """
@@ -36,10 +40,10 @@ class JwksEndpoint:
             KeySetUnavailable: It cannot be reached, or does not answer with a JWK set.
         """
         try:
-            async with asyncio.timeout(FETCH_TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 document = await self._get()
         except TimeoutError:
-            raise KeySetUnavailable(f"it does not answer within {FETCH_TIMEOUT_S:.0f} s") from None
+            raise KeySetUnavailable(f"it does not answer within {self._timeout_s:g} s") from None
         except (aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
             raise KeySetUnavailable(f"it cannot be reached: {' '.join(str(error).split())}") from None
         return KeySet.parse(document)

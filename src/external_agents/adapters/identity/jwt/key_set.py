@@ -112,7 +112,7 @@ def _verification_key(entry: JsonValue) -> VerificationKey:
     if kid is not None and not (isinstance(kid, str) and 1 <= len(kid) <= KID_MAX):
         raise _Unusable(f"has a kid that is not a string of 1 to {KID_MAX} characters")
     algorithms, members = _material(entry)
-    if "alg" in entry and entry["alg"] not in algorithms:
+    if "alg" in entry and entry["alg"] not in list(algorithms):
         raise _Unusable(f"is for another algorithm than {' or '.join(sorted(algorithms))}")
     return VerificationKey(kid, algorithms, tuple(members.items()), _imported(members))
 
