@@ -29,9 +29,7 @@ from external_agents.settings import PREFIX, Settings, TokenIssuer, variable_of
 
 def check() -> None:
     """
-    Look at settings, database, migrations, Redis, keys, the issuer of JWTs, policies and budgets.
-
-    It says what is wrong, and how to mend it.
+    Look at settings, database, migrations, Redis, keys, JWTs, policies and budgets: what is wrong, and how to mend it.
 
     Every budget is compared with its invocations, which takes some seconds a million.
 
@@ -70,11 +68,12 @@ def _jwt_finding(issuer: TokenIssuer) -> tuple[str, bool, str]:
     try:
         keys: KeySet = asyncio.run(JwksEndpoint(issuer.jwks_url).fetch())
     except KeySetUnavailable as outage:
-        return "jwt", False, f"no JWK set: {outage}: mend that, or {variable_of('jwt_jwks_url')}"
+        return "jwt", False, f"there is no JWK set, {outage}: mend that, or {variable_of('jwt_jwks_url')}"
     skipped = "".join(f"; {reason}" for reason in keys.skipped)
     if not keys.keys:
         return "jwt", False, f"the JWK set of {issuer.name} has no usable key{skipped}"
-    return "jwt", True, f"{issuer.name}, for {issuer.audience}: {len(keys.keys)} usable of its keys{skipped}"
+    usable = f"{len(keys.keys)} usable key{'s' if len(keys.keys) > 1 else ''}"
+    return "jwt", True, f"{issuer.name}, for {issuer.audience}: {usable}{skipped}"
 
 
 def _redis_finding(url: str) -> tuple[str, bool, str]:
