@@ -175,6 +175,13 @@ FORGED: dict[str, Make] = {
     "no signature": lambda i: replaced(i.token(), 2, ""),
     "half a signature": lambda i: i.token()[:-100],
     "a signature in another spelling": lambda i: respelled(i.token()),
+    "a signature with padding": lambda i: i.token() + "==",
+    "a header in another spelling": lambda i: i.key.signed(
+        respelled(part(b'{"alg": "RS256", "kid": "key-1"}')), part(i.claims())
+    ),
+    "claims in another spelling": lambda i: i.key.signed(
+        part({"alg": "RS256"}), respelled(part(json.dumps(i.claims(sub="x" * _odd(i))).encode()))
+    ),
     "a signature of zeros": of_zeros,
     "a signature in DER": in_der,
     "claims of another token": lambda i: replaced(i.token(), 1, part(i.claims(sub="root"))),
@@ -212,8 +219,13 @@ CLAIMED: dict[str, dict[str, Any]] = {
 }
 
 
+def _odd(issuer: TokenIssuer) -> int:
+    """How long a subject must be for claims that do not fill their last character."""
+    return next(length for length in range(5, 9) if len(json.dumps(issuer.claims(sub="x" * length))) % 3 == 1)
+
+
 def respelled(token: str) -> str:
-    """The last character of a signature of 256 bytes has four bits that are not used."""
+    """What has no multiple of three bytes, such as a signature of 256, leaves bits of its last character unused."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     return token[:-1] + letters[letters.index(token[-1]) + 1]
 
@@ -242,6 +254,18 @@ async def test_a_token_with_a_wrong_claim_is_refused(
 @pytest.mark.parametrize("claim", ["nbf", "iat", "permissions", "aud", "exp", "iss"])
 async def test_null_is_no_absent_claim(api: httpx.AsyncClient, issuer: TokenIssuer, claim: str) -> None:
     assert await is_refused(api, issuer.key.token({**issuer.claims(), claim: None}))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"alg": "HS256"}, {"kid": 7}, {"kid": ["x"]}, {"typ": "logout+jwt"}, {"crit": ["x"]}, {"jwk": {}}],
+    ids=str,
+)
+async def test_what_is_no_token_of_ours_costs_the_issuer_nothing(
+    api: httpx.AsyncClient, issuer: TokenIssuer, header: dict[str, Any]
+) -> None:
+    assert await is_refused(api, issuer.token(header=header))
+    assert issuer.fetches == 0
 
 
 @pytest.mark.parametrize("parameter", ["jku", "x5u"])

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_webhook_tls import Authority
 
-from agents import Agent, Reply
+from agents import Agent, Reply, serve_agent
+from external_agents.adapters.identity.jwt import JwksEndpoint, KeySetUnavailable
 from external_agents.domain.errors import ConfigurationError
 from external_agents.settings import Settings, TokenIssuer
 from serve import API, Serve, agent_document, agent_in_thread, bearer, eventually, home_folder, is_problem, run, serving
-from token_issuer import AUDIENCE, ISSUER
+from token_issuer import AUDIENCE, ISSUER, SigningKey
 from token_issuer import TokenIssuer as Issuer
 
 SECRET_KEYS = "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -95,6 +97,19 @@ def test_a_url_that_cannot_be_is_named(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8081/jwks?x=1", "HTTPS://issuer.example.com", "http://[::1]:80/"])
 def test_a_url_may_be_internal(url: str) -> None:
     assert settings(**{**JWT, "JWT_JWKS_URL": url}).jwt_jwks_url == url
+
+
+async def test_the_key_set_comes_from_whom_it_should(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    key_set = Reply(body=json.dumps({"keys": [SigningKey().jwk]}).encode())
+    async with serve_agent(key_set, ssl_context=authority.server("localhost")) as server:
+        url = server.url_at("/jwks", "localhost")
+        assert len((await JwksEndpoint(url, ssl_context=authority.trusted()).fetch()).keys) == 1
+        with pytest.raises(KeySetUnavailable, match="certificate"):
+            await JwksEndpoint(url).fetch()
+        with pytest.raises(KeySetUnavailable, match="certificate"):
+            await JwksEndpoint(server.url_at("/jwks"), ssl_context=authority.trusted()).fetch()
+        assert len(server.requests) == 1
 
 
 def test_check_looks_at_the_key_set(issuer: Issuer, home: Path) -> None:
