@@ -20,7 +20,8 @@ import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.abac import CedarPolicies, CedarPolicyDecisionPoint
-from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys
+from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys, ByForm
+from external_agents.adapters.identity.jwt import IssuerKeys, JwksEndpoint, JwtAuthenticator
 from external_agents.adapters.memory.system import SystemClock, SystemIds
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
@@ -163,7 +164,13 @@ async def open_installation(
     ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
     secret_box = AesGcmSecretBox(key_ring)
-    authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock, secret_box=secret_box)
+    keys_authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock, secret_box=secret_box)
+    authenticator: Authenticator = keys_authenticator
+    issuer = settings.token_issuer
+    issuer_keys = None if issuer is None else IssuerKeys(JwksEndpoint(issuer.jwks_url).fetch, clock)
+    if issuer is not None and issuer_keys is not None:
+        jwt = JwtAuthenticator(issuer=issuer.name, audience=issuer.audience, keys=issuer_keys, clock=clock)
+        authenticator = ByForm(api_keys=keys_authenticator, jwt=jwt)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
@@ -184,7 +191,7 @@ async def open_installation(
         partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s, observe=observability),
         partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
         partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
-        partial(_every, LAST_USES_EVERY_S, authenticator.tell_last_uses, "the noting of API keys' last uses"),
+        partial(_every, LAST_USES_EVERY_S, keys_authenticator.tell_last_uses, "the noting of API keys' last uses"),
     )
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
@@ -202,10 +209,10 @@ async def open_installation(
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-        for last_word in (authenticator.tell_last_uses, postgres_ledger.retire):
+        for last_word in (keys_authenticator.tell_last_uses, postgres_ledger.retire):
             with suppress(Unavailable):
                 await last_word()
-        for part in (limiter, redis):
+        for part in (limiter, redis, issuer_keys):
             if part is not None:
                 await part.aclose()
         await transport.aclose()

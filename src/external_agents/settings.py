@@ -23,6 +23,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MAX_BODY_BYTES_BOUNDS = (1_024, 268_435_456)
 SHARD_GROUPS_MAX = 4_096
 PORT_MAX = 65_535
+JWT_FIELDS = ("jwt_issuer", "jwt_audience", "jwt_jwks_url")
 
 _LISTEN_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 
@@ -58,6 +59,19 @@ def _redis_url(url: str | None) -> str | None:
         raise ValueError("is no valid URL: percent-encode what is special in a password")
     if scheme == "unix" and not parts.path:
         raise ValueError("must name a socket: unix:///path/to/socket")
+    return url
+
+
+def _jwks_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        is_clear = bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        parts, is_clear = urlsplit(""), False
+    if parts.scheme not in {"https", "http"} or not is_clear or parts.fragment or re.search(r"[\x00-\x20\x7f\\]", url):
+        raise ValueError("must be an https:// or http:// URL with a host, and without user info and fragment")
     return url
 
 
@@ -110,6 +124,15 @@ def _listen_address(text: str | None) -> ListenAddress | None:
     return None if text is None else ListenAddress.parse(text)
 
 
+@attrs.frozen
+class TokenIssuer:
+    """Whose JSON Web Tokens are taken: its name, whom it must make them for, and where its keys are."""
+
+    name: str
+    audience: str
+    jwks_url: str
+
+
 @environ.config(prefix=PREFIX, frozen=True)
 class Settings:
     """
@@ -125,6 +148,9 @@ class Settings:
         log_format: `console` or `json`; None: console on a terminal, else json.
         redis_url: None: rate limits live in the database.
         shard_groups: 1 on a single PostgreSQL; the shard count where the tables are distributed by organisation.
+        jwt_issuer: Whose tokens are taken, by their claim `iss`; None, as the other two: API keys only.
+        jwt_audience: What their claim `aud` must hold.
+        jwt_jwks_url: Where the issuer publishes its keys.
         policy_dir: None: the packaged Cedar policies alone.
         metrics_address: Where `/metrics` is shown instead of at the API's address; None: there.
     """
@@ -145,6 +171,9 @@ class Settings:
     shard_groups: int = environ.var(
         "1", converter=partial(_bounded, minimum=1, maximum=SHARD_GROUPS_MAX), help="shards of a distributed database"
     )
+    jwt_issuer: str | None = environ.var(None, help="whose JWTs are taken (`iss`)")
+    jwt_audience: str | None = environ.var(None, help="whom these JWTs must be for (`aud`)")
+    jwt_jwks_url: str | None = environ.var(None, converter=_jwks_url, help="where the issuer's keys are")
     policy_dir: Path | None = environ.var(None, converter=_path, help="a folder of *.cedar files")
     metrics_address: ListenAddress | None = environ.var(
         None, converter=_listen_address, help="host:port where /metrics is shown instead of at the API's address"
@@ -162,6 +191,7 @@ class Settings:
         faults = [fault for field in _fields(cls) if (fault := _fault(cls, field, given))]
         faults += _egress_faults(given.get(variable_of("egress_allow"), ""), EgressPolicy.parse)
         faults += _egress_faults(given.get(variable_of("egress_ports"), ""), partial(EgressPolicy.parse, ""))
+        faults += _jwt_faults({field: given.get(variable_of(field)) for field in JWT_FIELDS})
         if faults:
             raise ConfigurationError("; ".join(faults))
         settings: Settings = environ.to_config(cls, given)
@@ -180,6 +210,17 @@ class Settings:
     @property
     def egress_policy(self) -> EgressPolicy:
         return EgressPolicy.parse(self.egress_allow, self.egress_ports)
+
+    @property
+    def token_issuer(self) -> TokenIssuer | None:
+        """
+        Raises:
+            ConfigurationError: Some of its three settings are missing.
+        """
+        values = {field: getattr(self, field) for field in JWT_FIELDS}
+        if faults := _jwt_faults(values):
+            raise ConfigurationError("; ".join(faults))
+        return TokenIssuer(*values.values()) if any(values.values()) else None
 
 
 def variable_of(field: str) -> str:
@@ -209,3 +250,10 @@ def _egress_faults(words: str, parse: Callable[[str], object]) -> Iterator[str]:
             parse(word)
         except ConfigurationError as error:
             yield str(error).removesuffix(".")
+
+
+def _jwt_faults(values: Mapping[str, str | None]) -> list[str]:
+    missing = [variable_of(field) for field, value in values.items() if not value]
+    if len(missing) in {0, len(values)}:
+        return []
+    return [f"{' and '.join(missing)} must be set, too: JWTs need an issuer, an audience and a URL of keys"]

@@ -10,6 +10,7 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.abac import CedarPolicies
+from external_agents.adapters.identity.jwt import JwksEndpoint, KeySet, KeySetUnavailable
 from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.redis import RedisCheck, RedisReadiness
@@ -28,12 +29,12 @@ from external_agents.bootstrap import (
 )
 from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.errors import ExternalAgentsError
-from external_agents.settings import PREFIX, ListenAddress, Settings, variable_of
+from external_agents.settings import PREFIX, ListenAddress, Settings, TokenIssuer, variable_of
 
 
 def check() -> None:
     """
-    Look at settings, database, migrations, Redis, keys, policies and budgets: what is wrong, and how to mend it.
+    Look at settings, database, migrations, Redis, keys, JWTs, policies and budgets: what is wrong, and how to mend it.
 
     Every budget is compared with its invocations, which takes some seconds a million.
 
@@ -58,6 +59,8 @@ def _findings() -> Iterator[tuple[str, bool, str]]:
     yield _finding("keys", lambda: f"sealing with {load_key_ring(settings).key_ids[0]}")
     yield _finding("policies", lambda: f"{len(CedarPolicies.load(settings.policy_dir).loaded)} in force")
     yield _finding("catalog", lambda: f"auth types: {', '.join(discover_catalog().auth_schemes)}")
+    if (issuer := settings.token_issuer) is not None:
+        yield _jwt_finding(issuer)
     if settings.metrics_address is not None:
         yield _metrics_finding(settings, settings.metrics_address)
     if settings.redis_url is not None:
@@ -77,6 +80,18 @@ def _metrics_finding(settings: Settings, address: ListenAddress) -> tuple[str, b
 def _metrics_address_is_free(settings: Settings) -> str:
     with metrics_listener(settings):
         return f"nobody listens at {settings.metrics_address} yet: `external-agents serve` will"
+
+
+def _jwt_finding(issuer: TokenIssuer) -> tuple[str, bool, str]:
+    try:
+        keys: KeySet = asyncio.run(JwksEndpoint(issuer.jwks_url).fetch())
+    except KeySetUnavailable as outage:
+        return "jwt", False, f"there is no JWK set, {outage}: mend that, or {variable_of('jwt_jwks_url')}"
+    skipped = "".join(f"; {reason}" for reason in keys.skipped)
+    if not keys.keys:
+        return "jwt", False, f"the JWK set of {issuer.name} has no usable key{skipped}"
+    usable = f"{len(keys.keys)} usable key{'s' if len(keys.keys) > 1 else ''}"
+    return "jwt", True, f"{issuer.name}, for {issuer.audience}: {usable}{skipped}"
 
 
 def _redis_finding(url: str) -> tuple[str, bool, str]:
