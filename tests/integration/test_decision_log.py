@@ -38,15 +38,19 @@ def decisions(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any
     return [(record.levelname, {name: vars(record)[name] for name in FIELDS}) for record in found]
 
 
-@pytest.fixture(autouse=True)
-def all_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """By the library's own logging, which takes the place of structlog where nobody has configured that."""
+@pytest.fixture(autouse=True, scope="module")
+def unconfigured_structlog() -> Iterator[None]:
+    """Before the service is made: where nobody has configured structlog, it logs as a library does."""
     was_configured, configuration = structlog.is_configured(), structlog.get_config()
     structlog.reset_defaults()
-    caplog.set_level("DEBUG", logger=LOGGER)
     yield
     if was_configured:
         structlog.configure(**configuration)
+
+
+@pytest.fixture(autouse=True)
+def all_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger=LOGGER)
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -308,7 +308,7 @@ async def test_what_is_affordable_is_exact(
 ) -> None:
     """A cap of so many amounts, short of the next by some billionths."""
     _, engine, scene = database
-    cap = min(amount * (room + 1) - short, 10**21 - 1)
+    cap = max(0, min(amount * (room + 1) - short, 10**21 - 1))
     agent = make_agent(
         budget_config={
             "max_cost_per_invocation": f"{Decimal(amount).scaleb(-9):f}",

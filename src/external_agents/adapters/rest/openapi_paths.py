@@ -156,7 +156,7 @@ def _invoke() -> Document:
         "`max_attempts` times. A caller who goes away changes nothing: the invocation runs to its end and is recorded.",
         parameters=[
             header_parameter(
-                "X-Lineage-Hop-Id", "Stored with the invocation.", minLength=1, maxLength=LINEAGE_HOP_ID_MAX
+                "X-Lineage-Hop-Id", "Stored with the invocation; empty is none.", maxLength=LINEAGE_HOP_ID_MAX
             ),
             header_parameter(
                 "Idempotency-Key",
