@@ -15,7 +15,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from external_agents.adapters.postgres.agents import agents_with_ids
-from external_agents.adapters.postgres.engine import reading, transaction
+from external_agents.adapters.postgres.engine import connected, reading, transaction
 from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.domain.errors import SecretUnreadable
 from external_agents.ports.secrets import EnvelopeStore, HashKey, KeyUse, Reseal, Resealed, SecretPlace
@@ -112,17 +112,16 @@ class PostgresEnvelopes(EnvelopeStore):
 
     async def key_ids(self) -> Collection[frozenset[str]]:
         needed = set()
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                last = ""
-                while (key_id := await connection.scalar(_NEXT_KEY_OF_SECRETS, {"last": last})) is not None:
-                    needed.add(frozenset({key_id}))
-                    last = key_id
-                last = ""
-                while (key_id := await connection.scalar(_NEXT_KEY_OF_API_KEYS, {"last": last})) is not None:
-                    for (sealed_with,) in await connection.execute(_NEEDED_BY_API_KEYS, {"key_id": key_id}):
-                        needed.add(frozenset({key_id, sealed_with or key_id}))
-                    last = key_id
+        async with connected(self._reading) as connection:
+            last = ""
+            while (key_id := await connection.scalar(_NEXT_KEY_OF_SECRETS, {"last": last})) is not None:
+                needed.add(frozenset({key_id}))
+                last = key_id
+            last = ""
+            while (key_id := await connection.scalar(_NEXT_KEY_OF_API_KEYS, {"last": last})) is not None:
+                for (sealed_with,) in await connection.execute(_NEEDED_BY_API_KEYS, {"key_id": key_id}):
+                    needed.add(frozenset({key_id, sealed_with or key_id}))
+                last = key_id
         return needed
 
     async def reseal(self, key_id: str, reseal: Reseal, *, after: SecretPlace | None) -> Resealed:
