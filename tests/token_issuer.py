@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from agents import Agent, Answer, Reply, Seen, serve_agent
 from external_agents.adapters.identity.jwt import IssuerKeys, JwksEndpoint, JwtAuthenticator
+from external_agents.domain.errors import Unauthenticated
+from external_agents.ports.identity import Authenticator
 from external_agents.ports.system import Clock
 
 ISSUER = "https://issuer.example.com/"
@@ -157,3 +159,12 @@ async def door_of(issuer: TokenIssuer, clock: Clock) -> AsyncIterator[JwtAuthent
         yield JwtAuthenticator(issuer=ISSUER, audience=AUDIENCE, keys=keys, clock=clock)
     finally:
         await keys.aclose()
+
+
+async def passes(door: Authenticator, token: str) -> bool:
+    """Whether it is let in; what is not a refusal is raised."""
+    try:
+        await door.authenticate(token)
+    except Unauthenticated:
+        return False
+    return True

@@ -149,6 +149,7 @@ async def open_installation(
         make_ledger: For a host that wants another lease, or a ledger with something around it.
     """
     clock, ids = SystemClock(), SystemIds()
+    catalog = discover_catalog()
     observability = FanOut(StructlogObservability(), *observers)
     key_ring = load_key_ring(settings)
     limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
@@ -185,7 +186,7 @@ async def open_installation(
         clock=clock,
         ids=ids,
         authenticator=authenticator,
-        catalog=discover_catalog(),
+        catalog=catalog,
     )
     upkeep = (
         partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s, observe=observability),
@@ -201,7 +202,7 @@ async def open_installation(
             api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
             engine=engine,
             key_ring=key_ring,
-            key_rotation=key_rotation(settings, engine, key_ring),
+            key_rotation=key_rotation(settings, engine, key_ring, catalog),
             redis=redis,
         )
     finally:
@@ -348,12 +349,12 @@ def load_key_ring(settings: Settings) -> KeyRing:
     return KeyRing.load_or_create(home / "secret-keys")
 
 
-def key_rotation(settings: Settings, engine: AsyncEngine, key_ring: KeyRing) -> KeyRotation:
+def key_rotation(settings: Settings, engine: AsyncEngine, key_ring: KeyRing, catalog: Catalog) -> KeyRotation:
     """What hangs on which secret key, and moving it to the first."""
     secret_box = AesGcmSecretBox(key_ring)
     return KeyRotation(
         store=PostgresEnvelopes(engine, key_id_of=envelope_key_id),
-        reseal=Registrar(discover_catalog(), settings.egress_policy, secret_box).resealed,
+        reseal=Registrar(catalog, settings.egress_policy, secret_box).resealed,
         secret_box=secret_box,
         key_ids=key_ring.key_ids,
         hash_keys=key_ring.api_key_hash_keys,

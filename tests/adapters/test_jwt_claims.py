@@ -16,10 +16,8 @@ from external_agents.adapters.identity.jwt.authenticator import PROOFS_MAX, PROV
 from external_agents.adapters.identity.jwt.claims import NO_ATTRIBUTES
 from external_agents.adapters.memory import MemoryAuthenticator
 from external_agents.domain.access import Principal
-from external_agents.domain.errors import Unauthenticated
-from external_agents.ports.identity import Authenticator
 from external_agents.testing.fakes import FakeClock
-from token_issuer import AUDIENCE, ISSUER, NOW, SigningKey, TokenIssuer, door_of, serve_issuer
+from token_issuer import AUDIENCE, ISSUER, NOW, SigningKey, TokenIssuer, door_of, passes, serve_issuer
 
 words = st.sampled_from(
     ["", "ES256", "EdDSA", "none", "key-1", "JWT", "alice", AUDIENCE, ISSUER, "read:external_agent"]
@@ -46,14 +44,6 @@ def clock() -> FakeClock:
 async def door(issuer: TokenIssuer, clock: FakeClock) -> AsyncIterator[JwtAuthenticator]:
     async with door_of(issuer, clock) as door:
         yield door
-
-
-async def passes(door: Authenticator, token: str) -> bool:
-    try:
-        await door.authenticate(token)
-    except Unauthenticated:
-        return False
-    return True
 
 
 async def test_the_claims_make_the_principal(issuer: TokenIssuer, door: JwtAuthenticator) -> None:

@@ -19,9 +19,9 @@ from external_agents.adapters.identity.jwt.issuer_keys import (
     STALE_MAX_S,
 )
 from external_agents.adapters.identity.jwt.jwks_endpoint import DOCUMENT_LIMIT_BYTES
-from external_agents.domain.errors import Unauthenticated, Unavailable
+from external_agents.domain.errors import Unavailable
 from external_agents.testing.fakes import FakeClock
-from token_issuer import SigningKey, TokenIssuer, door_of, serve_issuer
+from token_issuer import SigningKey, TokenIssuer, door_of, passes, serve_issuer
 
 DOWN = Reply(503, b"")
 
@@ -41,14 +41,6 @@ def clock() -> FakeClock:
 async def door(issuer: TokenIssuer, clock: FakeClock) -> AsyncIterator[JwtAuthenticator]:
     async with door_of(issuer, clock) as door:
         yield door
-
-
-async def passes(door: JwtAuthenticator, token: str) -> bool:
-    try:
-        await door.authenticate(token)
-    except Unauthenticated:
-        return False
-    return True
 
 
 def pass_time(issuer: TokenIssuer, clock: FakeClock, seconds: float) -> None:

@@ -145,7 +145,7 @@ async def _look(
 
 async def _key_findings(settings: Settings, engine: AsyncEngine) -> list[tuple[str, bool, str]]:
     try:
-        rotation = key_rotation(settings, engine, load_key_ring(settings))
+        rotation = key_rotation(settings, engine, load_key_ring(settings), discover_catalog())
     except ExternalAgentsError:
         return []  # What is wrong with the keys, or the catalog, is told already.
     uses = "; ".join(
