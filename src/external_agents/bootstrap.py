@@ -31,6 +31,7 @@ from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import keep_partitions
 from external_agents.adapters.postgres.readiness import check
+from external_agents.adapters.postgres.row_security import is_on
 from external_agents.adapters.postgres.schema import migrate
 from external_agents.adapters.redis import RedisCheck, RedisConnection, RedisRateLimiter
 from external_agents.adapters.rest.app import create_app
@@ -88,12 +89,13 @@ class Installation:
 
 
 async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
-    """`database` and `schema`, and what is wrong with each, or None."""
+    """`database` and `schema`, with row security also `role`, and what is wrong with each, or None."""
     state = await check(engine)
     schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
     return {
         "database": None if state.database else "the database cannot be reached",
         "schema": schema if state.database else "unknown: the database cannot be reached",
+        **({"role": state.role} if is_on(engine) else {}),
     }
 
 
@@ -129,11 +131,16 @@ async def open_installation(
     key_ring = load_key_ring(settings)
     limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
     redis = None if settings.redis_url is None else RedisCheck(redis_connection(settings.redis_url))
-    engine = create_engine(database_url)
+    engine = await _engine_of_role(settings, database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     # One connection a group of shards, and as many as ever for what does not go in groups.
     endings_size = ENDINGS_POOL_SIZE + min(settings.shard_groups, SHARED_CONNECTIONS_MAX) - 1
-    endings = create_engine(database_url, pool_size=endings_size, pool_wait_s=ENDINGS_POOL_WAIT_S)
+    endings = create_engine(
+        database_url,
+        pool_size=endings_size,
+        pool_wait_s=ENDINGS_POOL_WAIT_S,
+        row_security=settings.row_security,
+    )
     postgres_ledger = make_ledger(
         engine, ids.new_id(), endings=endings, shard_groups=settings.shard_groups, observe=observability
     )
@@ -262,6 +269,16 @@ def load_key_ring(settings: Settings) -> KeyRing:
     return KeyRing.load_or_create(home / "secret-keys")
 
 
+def require_role(settings: Settings, fault: str | None) -> None:
+    """
+    Raises:
+        ConfigurationError: There is a fault of the database's role.
+    """
+    if fault is not None:
+        on_off = "on" if settings.row_security else "off"
+        raise ConfigurationError(f"{variable_of('row_security')} is {on_off}, but {fault}.")
+
+
 def redis_connection(url: str) -> RedisConnection:
     """
     Raises:
@@ -294,6 +311,15 @@ def _running_database_url(settings: Settings) -> str:
             f"No embedded database runs on {home}: start `external-agents serve`, or set {variable_of('database_url')}."
         )
     return url
+
+
+async def _engine_of_role(settings: Settings, database_url: str) -> AsyncEngine:
+    """With row security its role is looked at first. An outage is none of its faults: readiness looks again."""
+    engine = create_engine(database_url, row_security=settings.row_security)
+    if settings.row_security and (fault := (await check(engine)).role) is not None:
+        await engine.dispose()
+        require_role(settings, fault)
+    return engine
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[object]], what: str) -> None:

@@ -17,7 +17,7 @@ from external_agents.adapters.postgres.readiness import Readiness, check
 from external_agents.domain.errors import ConfigurationError, Unavailable
 from postgres_server import OpenEngine, PostgresServer, dsn
 
-ALL = ["0001 Foundation", "0002 Group commit"]
+ALL = ["0001 Foundation", "0002 Group commit", "0005 Row security"]
 
 
 @pytest.fixture

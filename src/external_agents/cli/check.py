@@ -11,6 +11,7 @@ import typer
 from external_agents.adapters.abac import CedarPolicies
 from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
 from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.roles import fault_of_role
 from external_agents.adapters.redis import RedisCheck, RedisReadiness
 from external_agents.adapters.redis.readiness import REQUIRED
 from external_agents.bootstrap import (
@@ -86,21 +87,39 @@ async def _redis_readiness(url: str) -> RedisReadiness:
 
 def _database_findings(settings: Settings) -> Iterator[tuple[str, bool, str]]:
     with database(settings) as url:
-        state, audit = asyncio.run(_look(url))
+        state, audit = asyncio.run(_look(url, settings))
         where = "external" if settings.database_url else f"embedded, under {home_folder(settings)}"
         if outage := state["database"]:
             state["database"] = f"{outage}: start it, or mend {variable_of('database_url')}"
+        confined = "sees one organisation at a time" if settings.row_security else "owns the tables"
+        good = {"database": where, "schema": "up to date", "role": confined}
         for name, reason in state.items():
-            yield name, reason is None, reason or (where if name == "database" else "up to date")
+            yield name, reason is None, reason or good[name]
     if audit is not None:
         yield from _budget_findings(audit)
+    elif settings.row_security and not any(state.values()):
+        owner = variable_of("migration_database_url")
+        yield "budgets", True, f"not compared: only the owner of the tables can, and {owner} is not set"
 
 
-async def _look(url: str) -> tuple[dict[str, str | None], BudgetAudit | None]:
-    engine = create_engine(url)
+async def _look(url: str, settings: Settings) -> tuple[dict[str, str | None], BudgetAudit | None]:
+    engine = create_engine(url, row_security=settings.row_security)
     try:
         state = await database_readiness(engine)
-        return state, None if any(state.values()) else await audit_budgets(engine)
+        if not any(state.values()):
+            async with engine.connect() as connection:
+                state["role"] = await connection.run_sync(fault_of_role, row_security=settings.row_security)
+    finally:
+        await engine.dispose()
+    # Whoever sees one organisation at a time cannot compare them all.
+    owners_url = settings.migration_database_url if settings.row_security else url
+    return state, None if any(state.values()) or owners_url is None else await _audit(owners_url)
+
+
+async def _audit(url: str) -> BudgetAudit:
+    engine = create_engine(url)
+    try:
+        return await audit_budgets(engine)
     finally:
         await engine.dispose()
 

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from external_agents.adapters.abac import CedarPolicies
-from external_agents.adapters.postgres.schema import migrate, pending
+from external_agents.adapters.postgres.schema import migrate, pending, role_fault
 from external_agents.adapters.telemetry import configure_logging
-from external_agents.bootstrap import discover_catalog, home_folder, load_key_ring, redis_connection
+from external_agents.bootstrap import discover_catalog, home_folder, load_key_ring, redis_connection, require_role
 from external_agents.cli.dev import dev_key, first_steps
 from external_agents.domain.errors import ConfigurationError
 from external_agents.settings import Settings, variable_of
@@ -53,6 +53,8 @@ def serve(
             raise ConfigurationError(
                 f"The database's schema is behind by {len(behind)}: run external-agents migrate first."
             )
+        else:
+            require_role(settings, role_fault(database_url, row_security=settings.row_security))
         if dev:
             key.append(asyncio.run(dev_key(settings, database_url)))
 

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.row_security import OPTION, confine
 
 POOL_SIZE = 10
 POOL_WAIT_S = 5.0
@@ -45,7 +46,9 @@ SERVER_SETTINGS = {
 }
 
 
-def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = POOL_WAIT_S) -> AsyncEngine:
+def create_engine(
+    url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = POOL_WAIT_S, row_security: bool = False
+) -> AsyncEngine:
     """
     An engine for the adapters of this package. Nothing connects before its first use; whoever made it disposes of it.
 
@@ -54,6 +57,7 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         pool_size: The most connections that this process opens. More do not make one busy agent faster: its
             admissions wait for each other.
         pool_wait_s: How long a call waits for one of them before it is `Unavailable`.
+        row_security: The role does not own the tables; every transaction tells which organisations it is about.
     """
     parsed = make_url(url)
     engine = create_async_engine(
@@ -65,6 +69,7 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         isolation_level="READ COMMITTED",
         hide_parameters=True,
         connect_args=connect_args(parsed),
+        execution_options={OPTION: row_security},
     )
     event.listen(engine.sync_engine, "checkout", _require_open)
     return engine
@@ -76,10 +81,17 @@ def reading(engine: AsyncEngine) -> AsyncEngine:
 
 
 @asynccontextmanager
-async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Commits when the block ends well. Raises as `translate_errors` does."""
+async def transaction(engine: AsyncEngine, *org_ids: str) -> AsyncIterator[AsyncConnection]:
+    """
+    Commits when the block ends well. Raises as `translate_errors` does.
+
+    Args:
+        org_ids: The organisations whose rows it reads or writes; with row security it sees no others.
+    """
     with translate_errors():
         async with engine.begin() as connection:
+            if org_ids:
+                await confine(connection, org_ids)
             yield connection
 
 

@@ -12,7 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.columns import storable
 from external_agents.adapters.postgres.engine import reading, transaction
-from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.grouped.batch import Earlier
 from external_agents.adapters.postgres.grouped.committer import GroupCommitter
@@ -20,6 +19,7 @@ from external_agents.adapters.postgres.grouped.shards import ShardGroups
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.recovery import Recovery
+from external_agents.adapters.postgres.row_security import reading_of
 from external_agents.domain.errors import AdmissionInDoubt
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
@@ -102,19 +102,18 @@ class PostgresLedger(InvocationLedger):
             if finished.error_message is not None:
                 stored = attrs.evolve(finished, error_message=storable(finished.error_message))
         else:
-            async with transaction(self._endings) as connection:
+            async with transaction(self._endings, finished.org_id) as connection:
                 stored = await settlement.settle(connection, finished)
         self._instance.leave(finished.id)
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings) as connection:
+        async with transaction(self._endings, finished.org_id) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await forecast(connection, org_id, agent_id)
+        async with reading_of(self._reading, org_id) as connection:
+            return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()

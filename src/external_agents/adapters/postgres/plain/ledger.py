@@ -8,12 +8,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.engine import reading, transaction
-from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.adapters.postgres.recovery import Recovery
+from external_agents.adapters.postgres.row_security import reading_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 
@@ -62,7 +62,7 @@ class PlainPostgresLedger(InvocationLedger):
         try:
             await self._instance.enter(invocation_id)
             turn = self._turnstile.turn((request.org_id, request.agent_id))
-            async with turn, transaction(self._engine) as connection:
+            async with turn, transaction(self._engine, request.org_id) as connection:
                 admitted = await admission.admit(connection, request, self._instance.id)
         except BaseException:
             if admitted is None or admitted.replayed:
@@ -76,19 +76,18 @@ class PlainPostgresLedger(InvocationLedger):
         return admitted
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
-        async with transaction(self._endings) as connection:
+        async with transaction(self._endings, finished.org_id) as connection:
             stored = await settlement.settle(connection, finished)
         self._instance.leave(finished.id)
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings) as connection:
+        async with transaction(self._endings, finished.org_id) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                return await forecast(connection, org_id, agent_id)
+        async with reading_of(self._reading, org_id) as connection:
+            return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
         await self._instance.beat()
