@@ -32,5 +32,9 @@ def migrate(
             print(f"behind by {len(behind)}: {', '.join(behind)}" if behind else "up to date")
             raise typer.Exit(1 if behind else 0)
         serving_role = None if settings.migration_database_url is None else role_of(serving_url)
-        bring_to_newest(url, serving_role if serving_role != role_of(url) else None)
+        if serving_role == role_of(url):
+            serving_role = None
+        bring_to_newest(url, serving_role)
         print(f"migrated: {', '.join(behind)}" if behind else "up to date")
+        if serving_role is not None:
+            print(f"the role {serving_role} may serve")

@@ -60,14 +60,14 @@ _PARTITIONS = text(
 _STANDING = text(
     """
     WITH tenants AS (
-        SELECT oid, relowner FROM pg_class WHERE relname = ANY (:names) AND pg_table_is_visible(oid)
+        SELECT oid, relname, relowner FROM pg_class WHERE relname = ANY (:names) AND pg_table_is_visible(oid)
     ), ours AS (
-        SELECT oid, relowner FROM tenants
+        SELECT * FROM tenants
         UNION ALL
-        SELECT pg_class.oid, relowner FROM pg_class JOIN pg_inherits ON pg_class.oid = inhrelid
+        SELECT pg_class.oid, relname, relowner FROM pg_class JOIN pg_inherits ON pg_class.oid = inhrelid
         WHERE inhparent IN (SELECT oid FROM tenants)
     )
-    SELECT current_user AS role, coalesce(bool_and(row_security_active(oid)), true) AS is_confined,
+    SELECT current_user AS role, min(relname) FILTER (WHERE NOT row_security_active(oid)) AS open_table,
         coalesce(bool_or(row_security_active(oid)), false) AS is_held_back,
         coalesce(bool_or(pg_has_role(relowner, 'MEMBER')), false) AS may_own
     FROM ours
@@ -118,6 +118,9 @@ def fault_of_role(connection: Connection, *, row_security: bool) -> str | None:
         )
     if standing.may_own:
         return f"row security does not hold for the role {standing.role}: it owns the tables, or may become their owner"
-    if not standing.is_confined:
-        return f"row security does not hold for the role {standing.role}: it bypasses it"
+    if standing.open_table is not None:
+        return (
+            f"row security does not hold for the role {standing.role} on {standing.open_table}: "
+            "the role bypasses it, or it is disabled there"
+        )
     return None
