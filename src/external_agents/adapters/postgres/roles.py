@@ -100,6 +100,8 @@ def _grants(connection: Connection, role: str, version_table: str) -> Iterator[s
     yield f"GRANT SELECT ON {version_table} TO {to}"
     for table, rights in RIGHTS.items():
         yield f"GRANT {rights} ON {table.name} TO {to}"
+    # A dump that was restored without privileges has given them to everybody.
+    yield f"REVOKE ALL ON FUNCTION {', '.join(FUNCTIONS)} FROM PUBLIC"
     yield f"GRANT EXECUTE ON FUNCTION {', '.join(FUNCTIONS)} TO {to}"
 
 
