@@ -222,7 +222,9 @@ def _raised_as(error: type[BaseException]) -> str:
 
 def schema_fields(name: str) -> str:
     """The members of one of the API's schemas."""
-    return fields(_API["components"]["schemas"][name])
+    schema = _API["components"]["schemas"][name]
+    secret = (member for member, definition in schema["properties"].items() if definition.get("writeOnly"))
+    return fields(schema, frozenset(secret))
 
 
 def fields(schema: Schema, secret: frozenset[str] = frozenset()) -> str:
@@ -379,6 +381,7 @@ _TAKEN = {
     "log_format": " ".join(map(code, LOG_FORMATS)),
     "log_level": " ".join(map(code, LOG_LEVELS)),
     "row_security": "`off` `on`",
+    "metrics_address": "`host:port` `[IPv6]:port`",
 }
 
 

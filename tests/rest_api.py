@@ -26,6 +26,7 @@ from external_agents.adapters.memory import (
     memory_service,
 )
 from external_agents.adapters.rest import API_PREFIX, LifespanApp, create_app
+from external_agents.adapters.rest.body import GRACE_S
 from external_agents.domain.access import PERMISSIONS, AccessRequest, Decision
 from external_agents.domain.egress import EgressPolicy
 from external_agents.domain.invocation import ErrorCode
@@ -145,7 +146,7 @@ def paths_of(answer: httpx.Response) -> list[str]:
 SERVER_KEY = "key-of-the-server-app"
 
 
-def server_app() -> LifespanApp:
+def server_app(body_grace_s: float = GRACE_S) -> LifespanApp:
     """For a server process: the same API, with one key and an agent that answers what it was sent."""
 
     class OneKey(MemoryAuthenticator):
@@ -167,6 +168,7 @@ def server_app() -> LifespanApp:
             authenticator=OneKey(),
             readiness=readiness,
             body_limit_bytes=BODY_LIMIT_BYTES,
+            body_grace_s=body_grace_s,
         )
 
     return LifespanApp(opened)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -37,6 +39,7 @@ DOCUMENT: Mapping[str, Any] = {
     "auth_type": "bearer",
     "auth_config": {"token": "first"},
 }
+SECRETS = tuple(f"whsec_{letter * 32}" for letter in "AB")
 CLOSED = "closed"
 BOB = Principal("acme", "bob", ALL_PERMISSIONS)
 CLOSED_TO_BOB = "closed to bob"
@@ -126,6 +129,17 @@ def token_of(request: str | AgentRequest) -> str:
     return request.credentials.headers["Authorization"].removeprefix("Bearer ")
 
 
+def signed_with(request: str | AgentRequest, *secrets: str) -> list[int]:
+    """Which of `secrets`, by their places, signed the request, in the order of the signatures."""
+    assert isinstance(request, AgentRequest), request
+    if "webhook-signature" not in request.headers:
+        return []
+    message = f"{request.headers['webhook-id']}.{request.headers['webhook-timestamp']}.{request.body.text}".encode()
+    keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets]
+    signed = [f"v1,{base64.b64encode(hmac.digest(key, message, 'sha256')).decode()}" for key in keys]
+    return [signed.index(signature) for signature in request.headers["webhook-signature"].split(" ")]
+
+
 class ChangesHoldElsewhere:
     """
     Fixtures:
@@ -197,6 +211,14 @@ class ChangesHoldElsewhere:
             assert isinstance(request, AgentRequest)
             assert (request.url, token_of(request)) == ("https://other.example.com/", "third")
             assert request.timeout_s <= 3
+
+    async def test_new_signing_secrets(self, sides: Sides) -> None:
+        here, there = sides
+        agent = await self.known(sides)
+        for secret, signed in ((SECRETS[0], [0]), (SECRETS[1], [1, 0]), (None, []), (SECRETS[1], [1])):
+            await here.service.update_agent(ALICE, agent.id, {"signing_secret": secret})
+            for side in (there, here, there):
+                assert signed_with(await side.told(agent), *SECRETS) == signed
 
     async def test_limits_are_the_new_ones(self, sides: Sides) -> None:
         here, there = sides

@@ -37,7 +37,7 @@ class Names:
         self._answers = {name.replace("_", "."): [list(answer) for answer in given] for name, given in answers.items()}
         self.asked: list[str] = []
 
-    async def __call__(self, host: str) -> Sequence[Address]:
+    async def __call__(self, host: str, org_id: str) -> Sequence[Address]:
         self.asked.append(host)
         answers = self._answers.get(host)
         if not answers:

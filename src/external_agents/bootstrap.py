@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,29 +20,36 @@ import attrs
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.abac import CedarPolicies, CedarPolicyDecisionPoint
-from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys
+from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys, ByForm
+from external_agents.adapters.identity.jwt import IssuerKeys, JwksEndpoint, JwtAuthenticator
 from external_agents.adapters.memory.system import SystemClock, SystemIds
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
 from external_agents.adapters.postgres.embedded.home import unusable
-from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.engine import connected, create_engine
+from external_agents.adapters.postgres.envelopes import PostgresEnvelopes
 from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import keep_partitions
 from external_agents.adapters.postgres.readiness import check
+from external_agents.adapters.postgres.roles import sees_all
 from external_agents.adapters.postgres.row_security import is_on
 from external_agents.adapters.postgres.schema import migrate
 from external_agents.adapters.redis import RedisCheck, RedisConnection, RedisRateLimiter
 from external_agents.adapters.rest.app import create_app
 from external_agents.adapters.rest.asgi import AsgiApp
 from external_agents.adapters.rest.lifespan import LifespanApp
+from external_agents.adapters.rest.metrics import Exposition
+from external_agents.adapters.rest.metrics_server import listening, metrics_served
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
 from external_agents.adapters.telemetry import FanOut, RequestContext, StructlogObservability, configure_logging
 from external_agents.adapters.telemetry.prometheus import PrometheusObservability
 from external_agents.adapters.webhook.transport import WebhookTransport
+from external_agents.application.key_rotation import KeyRotation
 from external_agents.application.limited_ledger import LimitedLedger
+from external_agents.application.registration import Registrar
 from external_agents.application.service import ExternalAgentService
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.catalog import BUILT_IN, Catalog
@@ -57,6 +65,7 @@ ENDINGS_POOL_WAIT_S = 30.0
 SHARED_CONNECTIONS_MAX = 16
 PARTITIONS_EVERY_S = 86_400.0
 KEYS_EVERY_S = 3_600.0
+LAST_USES_EVERY_S = 5.0
 UPKEEP_AGAIN_S = 60.0
 BACKGROUND_AGAIN_S = 10.0
 
@@ -80,23 +89,39 @@ class Installation:
     api_keys: ApiKeys
     engine: AsyncEngine = attrs.field(repr=False)
     key_ring: KeyRing
+    key_rotation: KeyRotation
     redis: RedisCheck | None = None
 
     async def readiness(self) -> Mapping[str, str | None]:
         """What must be there to serve, by name, and why it is not; None where it is."""
         redis = {} if self.redis is None else {"redis": (await self.redis()).reason}
-        return {**await database_readiness(self.engine), **redis, "keys": None}
+        database = await database_readiness(self.engine)
+        keys = None if any(database.values()) else await keys_readiness(self.key_rotation)
+        return {**database, **redis, "keys": keys}
 
 
 async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
     """`database` and `schema`, with row security also `role`, and what is wrong with each, or None."""
     state = await check(engine)
     schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
+    fault = None if state.database else "the database cannot be reached"
     return {
-        "database": None if state.database else "the database cannot be reached",
+        "database": fault if state.disk else "the database has no disk space left",
         "schema": schema if state.database else "unknown: the database cannot be reached",
         **({"role": state.role} if is_on(engine) else {}),
     }
+
+
+async def keys_readiness(key_rotation: KeyRotation) -> str | None:
+    """Which secret keys are missing; None: none is."""
+    try:
+        missing = await key_rotation.missing()
+    except Unavailable:
+        return "unknown: the database cannot be reached"
+    if not missing:
+        return None
+    named = f"the secret key {missing[0]} is" if len(missing) == 1 else f"the secret keys {', '.join(missing)} are"
+    return f"{named} in use and not configured: put it back into {variable_of('secret_keys')}"
 
 
 @asynccontextmanager
@@ -146,7 +171,14 @@ async def open_installation(
     )
     ledger = postgres_ledger if limiter is None else LimitedLedger(postgres_ledger, limiter)
     store = PostgresApiKeys(engine)
-    authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock)
+    secret_box = AesGcmSecretBox(key_ring)
+    keys_authenticator = ApiKeyAuthenticator(store=store, key_ring=key_ring, clock=clock, secret_box=secret_box)
+    authenticator: Authenticator = keys_authenticator
+    issuer = settings.token_issuer
+    issuer_keys = None if issuer is None else IssuerKeys(JwksEndpoint(issuer.jwks_url).fetch, clock)
+    if issuer is not None and issuer_keys is not None:
+        jwt = JwtAuthenticator(issuer=issuer.name, audience=issuer.audience, keys=issuer_keys, clock=clock)
+        authenticator = ByForm(api_keys=keys_authenticator, jwt=jwt)
     transport = WebhookTransport(settings.egress_policy, answer_limit_bytes=settings.max_body_bytes, clock=clock)
     service = ExternalAgentService(
         agent_reader=agents,
@@ -155,7 +187,7 @@ async def open_installation(
         ledger=ledger,
         policy=CedarPolicyDecisionPoint(CedarPolicies.load(settings.policy_dir)),
         transport=transport,
-        secret_box=AesGcmSecretBox(key_ring),
+        secret_box=secret_box,
         observability=observability,
         url_rules=settings.egress_policy,
         clock=clock,
@@ -164,9 +196,10 @@ async def open_installation(
         catalog=discover_catalog(),
     )
     upkeep = (
-        partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s),
+        partial(keep_up, ledger, clock, postgres_ledger.heartbeat_s, observe=observability),
         partial(_every, PARTITIONS_EVERY_S, partial(keep_partitions, engine), "the upkeep of partitions"),
         partial(_every, KEYS_EVERY_S, partial(clear_expired, engine), "the clearing of idempotency keys"),
+        partial(_every, LAST_USES_EVERY_S, keys_authenticator.tell_last_uses, "the noting of API keys' last uses"),
     )
     background = [asyncio.create_task(_kept_running(work)) for work in upkeep]
     try:
@@ -176,6 +209,7 @@ async def open_installation(
             api_keys=ApiKeys(store=store, key_ring=key_ring, clock=clock, ids=ids),
             engine=engine,
             key_ring=key_ring,
+            key_rotation=key_rotation(settings, engine, key_ring),
             redis=redis,
         )
     finally:
@@ -183,9 +217,10 @@ async def open_installation(
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-        with suppress(Unavailable):
-            await postgres_ledger.retire()
-        for part in (limiter, redis):
+        for last_word in (keys_authenticator.tell_last_uses, postgres_ledger.retire):
+            with suppress(Unavailable):
+                await last_word()
+        for part in (limiter, redis, issuer_keys):
             if part is not None:
                 await part.aclose()
         await transport.aclose()
@@ -197,31 +232,83 @@ def create_asgi_app(settings: Settings | None = None, *, make_ledger: MakeLedger
     """
     The API, for any ASGI server: `gunicorn -k asgi 'external_agents.bootstrap:create_asgi_app()'`.
 
-    It uses the database of the settings, or the embedded one of a running `serve`; it never starts one.
+    It uses the database of the settings, or the embedded one of a running `serve`; it never starts one. With
+    METRICS_ADDRESS, each process that opens it listens there as well, and the kernel chooses who answers.
     `make_ledger` is that of `open_installation`.
 
     Raises:
         ConfigurationError: The settings do not make a running service.
     """
     chosen = settings or Settings.from_env()
-    configure_logging(chosen.log_format, chosen.log_level)
+    return _asgi_app(chosen, make_ledger, partial(_metrics_shown, chosen))
+
+
+def create_worker_app() -> AsgiApp:
+    """The API in a worker of `serve`, which shows the metrics at METRICS_ADDRESS itself."""
+    return _asgi_app(Settings.from_env(), PostgresLedger, lambda exposition: nullcontext())
+
+
+def _asgi_app(
+    settings: Settings,
+    make_ledger: MakeLedger,
+    metrics_shown: Callable[[Exposition], AbstractAsyncContextManager[None]],
+) -> AsgiApp:
+    configure_logging(settings.log_format, settings.log_level)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
         metrics = PrometheusObservability()
-        database_url = _running_database_url(chosen)
+        database_url = _running_database_url(settings)
         with metrics.counting_errors():
-            async with open_installation(chosen, database_url, metrics, make_ledger=make_ledger) as installation:
+            async with (
+                metrics_shown(metrics.exposition),
+                open_installation(settings, database_url, metrics, make_ledger=make_ledger) as installation,
+            ):
                 yield create_app(
                     installation.service,
                     readiness=installation.readiness,
-                    body_limit_bytes=chosen.max_body_bytes,
+                    body_limit_bytes=settings.max_body_bytes,
                     log_context=RequestContext,
-                    metrics=metrics.exposition,
+                    metrics=metrics.exposition if settings.metrics_address is None else None,
                     on_request=metrics.request,
                 )
 
     return LifespanApp(opened)
+
+
+@asynccontextmanager
+async def _metrics_shown(settings: Settings, exposition: Exposition) -> AsyncIterator[None]:
+    with metrics_listener(settings, shared=True) as listener:
+        if listener is None:
+            yield
+            return
+        async with metrics_served(listener, exposition):
+            yield
+
+
+@contextmanager
+def metrics_listener(settings: Settings, *, shared: bool = False) -> Iterator[socket.socket | None]:
+    """
+    Listens at METRICS_ADDRESS for the length of the block; None where that is not set.
+
+    Args:
+        shared: Every process of one server of an operator's own listens there.
+
+    Raises:
+        ConfigurationError: Nobody can listen there.
+    """
+    address = settings.metrics_address
+    if address is None:
+        yield None
+        return
+    try:
+        listener = listening(address.host, address.port, shared=shared)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{variable_of('metrics_address')}: cannot listen on {address}: {error.strerror}. Choose another address."
+        ) from error
+    with listener:
+        yield listener
 
 
 @contextmanager
@@ -277,6 +364,44 @@ def require_role(settings: Settings, fault: str | None) -> None:
     if fault is not None:
         on_off = "on" if settings.row_security else "off"
         raise ConfigurationError(f"{variable_of('row_security')} is {on_off}, but {fault}.")
+
+
+@asynccontextmanager
+async def engine_of_owner(settings: Settings, database_url: str) -> AsyncIterator[AsyncEngine]:
+    """
+    For what spans organisations, as whoever owns the tables: the role of `database_url`, if no other does.
+
+    Raises:
+        ConfigurationError: There is row security, and it would hide what is looked for.
+        Unavailable: The database cannot be reached.
+    """
+    owner = variable_of("migration_database_url")
+    if settings.row_security and settings.migration_database_url is None:
+        raise ConfigurationError(
+            f"{variable_of('row_security')} is on, so that this role sees one organisation at a time: "
+            f"set {owner} to the connection of the owner of the tables."
+        )
+    engine = create_engine(settings.migration_database_url or database_url)
+    try:
+        async with connected(engine) as connection:
+            if not await connection.run_sync(sees_all):
+                raise ConfigurationError(f"Row security hides rows from the role of {owner}: name the owner's there.")
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+def key_rotation(settings: Settings, engine: AsyncEngine, key_ring: KeyRing) -> KeyRotation:
+    """What hangs on which secret key, and moving it to the first; with row security only which keys are missing."""
+    secret_box = AesGcmSecretBox(key_ring)
+    return KeyRotation(
+        store=PostgresEnvelopes(engine, key_id_of=envelope_key_id),
+        reseal=Registrar(discover_catalog(), settings.egress_policy, secret_box).resealed,
+        secret_box=secret_box,
+        key_ids=key_ring.key_ids,
+        hash_keys=key_ring.api_key_hash_keys,
+        clock=SystemClock(),
+    )
 
 
 def redis_connection(url: str) -> RedisConnection:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +22,10 @@ LOG_FORMATS = ("console", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 MAX_BODY_BYTES_BOUNDS = (1_024, 268_435_456)
 SHARD_GROUPS_MAX = 4_096
+PORT_MAX = 65_535
+JWT_FIELDS = ("jwt_issuer", "jwt_audience", "jwt_jwks_url")
+
+_LISTEN_ADDRESS = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 
 
 def _database_url(url: str | None) -> str | None:
@@ -56,6 +62,19 @@ def _redis_url(url: str | None) -> str | None:
     return url
 
 
+def _jwks_url(url: str | None) -> str | None:
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        is_clear = bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        parts, is_clear = urlsplit(""), False
+    if parts.scheme not in {"https", "http"} or not is_clear or parts.fragment or re.search(r"[\x00-\x20\x7f\\]", url):
+        raise ValueError("must be an https:// or http:// URL with a host, and without user info and fragment")
+    return url
+
+
 def _bounded(text: str, *, minimum: int, maximum: int) -> int:
     if not (text.isascii() and text.isdecimal()) or not minimum <= int(text) <= maximum:
         raise ValueError(f"must be an integer from {minimum} to {maximum}")
@@ -78,6 +97,48 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser().absolute()
 
 
+@attrs.frozen
+class ListenAddress:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> ListenAddress:
+        """
+        `127.0.0.1:9100`, `localhost:9100`, `[::1]:9100`
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        match = _LISTEN_ADDRESS.fullmatch(text)
+        if match is None or int(match["port"]) > PORT_MAX:
+            raise ValueError("must be host:port, with an IPv6 address in brackets")
+        if match["ipv6"] is not None:
+            try:
+                IPv6Address(match["ipv6"])
+            except ValueError:
+                raise ValueError(f"must have an IPv6 address in its brackets, not {match['ipv6']}") from None
+        return cls(match["ipv6"] or match["name"], int(match["port"]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _listen_address(text: str | None) -> ListenAddress | None:
+    return None if text is None else ListenAddress.parse(text)
+
+
+@attrs.frozen
+class TokenIssuer:
+    """Whose JSON Web Tokens are taken: its name, whom it must make them for, and where its keys are."""
+
+    name: str
+    audience: str
+    jwks_url: str
+
+
 @environ.config(prefix=PREFIX, frozen=True)
 class Settings:
     """
@@ -93,7 +154,11 @@ class Settings:
         log_format: `console` or `json`; None: console on a terminal, else json.
         redis_url: None: rate limits live in the database.
         shard_groups: 1 on a single PostgreSQL; the shard count where the tables are distributed by organisation.
+        jwt_issuer: Whose tokens are taken, by their claim `iss`; None, as the other two: API keys only.
+        jwt_audience: What their claim `aud` must hold.
+        jwt_jwks_url: Where the issuer publishes its keys.
         policy_dir: None: the packaged Cedar policies alone.
+        metrics_address: Where `/metrics` is shown instead of at the API's address; None: there.
         migration_database_url: The owner's connection for migrations; None: that of `database_url`, which is then one
             role for everything.
         row_security: The role of `database_url` does not own the tables, and sees the rows of one organisation at a
@@ -116,7 +181,13 @@ class Settings:
     shard_groups: int = environ.var(
         "1", converter=partial(_bounded, minimum=1, maximum=SHARD_GROUPS_MAX), help="shards of a distributed database"
     )
+    jwt_issuer: str | None = environ.var(None, help="whose JWTs are taken (`iss`)")
+    jwt_audience: str | None = environ.var(None, help="whom these JWTs must be for (`aud`)")
+    jwt_jwks_url: str | None = environ.var(None, converter=_jwks_url, help="where the issuer's keys are")
     policy_dir: Path | None = environ.var(None, converter=_path, help="a folder of *.cedar files")
+    metrics_address: ListenAddress | None = environ.var(
+        None, converter=_listen_address, help="host:port where /metrics is shown instead of at the API's address"
+    )
     migration_database_url: str | None = environ.var(
         None, converter=_database_url, help="the owner's connection for migrate, when serve uses a lesser role"
     )
@@ -135,6 +206,7 @@ class Settings:
         faults += _egress_faults(given.get(variable_of("egress_allow"), ""), EgressPolicy.parse)
         faults += _egress_faults(given.get(variable_of("egress_ports"), ""), partial(EgressPolicy.parse, ""))
         faults += _role_faults(given)
+        faults += _jwt_faults({field: given.get(variable_of(field)) for field in JWT_FIELDS})
         if faults:
             raise ConfigurationError("; ".join(faults))
         settings: Settings = environ.to_config(cls, given)
@@ -153,6 +225,17 @@ class Settings:
     @property
     def egress_policy(self) -> EgressPolicy:
         return EgressPolicy.parse(self.egress_allow, self.egress_ports)
+
+    @property
+    def token_issuer(self) -> TokenIssuer | None:
+        """
+        Raises:
+            ConfigurationError: Some of its three settings are missing.
+        """
+        values = {field: getattr(self, field) for field in JWT_FIELDS}
+        if faults := _jwt_faults(values):
+            raise ConfigurationError("; ".join(faults))
+        return TokenIssuer(*values.values()) if any(values.values()) else None
 
 
 def variable_of(field: str) -> str:
@@ -191,3 +274,10 @@ def _egress_faults(words: str, parse: Callable[[str], object]) -> Iterator[str]:
             parse(word)
         except ConfigurationError as error:
             yield str(error).removesuffix(".")
+
+
+def _jwt_faults(values: Mapping[str, str | None]) -> list[str]:
+    missing = [variable_of(field) for field, value in values.items() if not value]
+    if len(missing) in {0, len(values)}:
+        return []
+    return [f"{' and '.join(missing)} must be set, too: JWTs need an issuer, an audience and a URL of keys"]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -14,11 +16,12 @@ from hypothesis import strategies as st
 
 from external_agents.adapters.identity import ApiKeyAuthenticator, ApiKeys, ApiKeyToken, tokens
 from external_agents.adapters.identity.api_keys import ATTRIBUTES_MAX
+from external_agents.adapters.identity.last_uses import TOLD_MAX, LastUses
 from external_agents.adapters.memory.identity import MemoryApiKeyStore
-from external_agents.adapters.secrets import KeyRing
+from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing
 from external_agents.domain.access import PERMISSIONS, Principal
 from external_agents.domain.errors import Unauthenticated, Unavailable, ValidationError
-from external_agents.ports.identity import ApiKey
+from external_agents.ports.identity import ApiKey, hash_key_context
 from external_agents.testing.fakes import FakeClock, SequentialIds
 
 RING = KeyRing({"k1": bytes(range(32))})
@@ -32,6 +35,7 @@ class WatchedStore(MemoryApiKeyStore):
     def __init__(self) -> None:
         super().__init__()
         self.lookups = 0
+        self.noted: list[Mapping[UUID, datetime]] = []
         self.down = False
 
     async def find(self, *key_ids: UUID) -> Sequence[ApiKey]:
@@ -39,6 +43,12 @@ class WatchedStore(MemoryApiKeyStore):
         if self.down:
             raise Unavailable("The store")
         return await super().find(*key_ids)
+
+    async def note_uses(self, uses: Mapping[UUID, datetime]) -> None:
+        if self.down:
+            raise Unavailable("The store")
+        self.noted.append(uses)
+        await super().note_uses(uses)
 
 
 class House:
@@ -179,6 +189,115 @@ async def test_lists_and_revocations_go_to_the_store(house: House) -> None:
     await house.keys.issue("other", "billing")
     assert [key.id for key in await house.keys.list("acme")] == [second.id, first.id]
     assert not await house.keys.revoke(KEY_ID)
+
+
+async def test_guessing_costs_the_same_whether_the_id_exists_or_not(house: House) -> None:
+    """The same hashes, the same comparisons, the same looks into the store; whatever there is behind an id."""
+    used, in_use = await house.keys.issue("acme", "billing")
+    _, unused = await house.keys.issue("acme", "billing")
+    _, revoked = await house.keys.issue("acme", "billing")
+    await house.keys.revoke(revoked.id)
+    _, expired = await house.keys.issue("acme", "billing", expires_in=timedelta(seconds=1))
+    _, of_lost_key = await house.keys.issue("acme", "billing")
+    await house.store.add(attrs.evolve(of_lost_key, hash_key_id="lost"))
+    house.clock.advance(2)
+    steps = {}
+    for name, key_id in {
+        "unknown": KEY_ID,
+        "in use": in_use.id,
+        "unused": unused.id,
+        "revoked": revoked.id,
+        "expired": expired.id,
+        "of a lost secret key": of_lost_key.id,
+    }.items():
+        await house.door.authenticate(used)
+        guess = ApiKeyToken.new(key_id).text
+        house.store.lookups = 0
+        with _watched() as calls, pytest.raises(Unauthenticated):
+            await house.door.authenticate(guess)
+        steps[name] = (*calls, f"{house.store.lookups} lookups")
+    assert steps["unknown"] == ("hmac_digest", "compare_digest", "hmac_digest", "compare_digest", "1 lookups")
+    assert set(steps.values()) == {steps["unknown"]}, steps
+
+
+@contextmanager
+def _watched() -> Iterator[list[str]]:
+    """What is hashed with a key, and what is compared in constant time, in the order in which it is done."""
+    calls: list[str] = []
+
+    def listen(frame: object, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in {"hmac_digest", "compare_digest"}:
+            calls.append(function.__name__)
+
+    sys.setprofile(listen)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+async def test_a_use_is_told_once_an_hour_and_from_the_background_alone(house: House) -> None:
+    text, key = await house.keys.issue("acme", "billing")
+    told: list[datetime] = []
+    for minutes in range(0, 130, 5):
+        for _ in range(3):
+            await house.door.authenticate(text)
+        house.store.noted.clear()
+        await house.door.tell_last_uses()
+        told += [uses[key.id] for uses in house.store.noted]
+        [listed] = await house.keys.list("acme")
+        assert listed.last_used_at == datetime(2026, 3, 10, 12 + minutes // 60, tzinfo=UTC)
+        house.clock.advance(300)
+    assert told == [datetime(2026, 3, 10, hour, tzinfo=UTC) for hour in (12, 13, 14)]
+
+
+async def test_only_a_key_that_was_recognised_was_used(house: House) -> None:
+    _, key = await house.keys.issue("acme", "billing")
+    for guess in (ApiKeyToken.new(key.id).text, ApiKeyToken.new(KEY_ID).text):
+        with pytest.raises(Unauthenticated):
+            await house.door.authenticate(guess)
+    await house.door.tell_last_uses()
+    assert house.store.noted == []
+    [listed] = await house.keys.list("acme")
+    assert listed.last_used_at is None
+
+
+async def test_what_an_outage_kept_from_the_store_is_told_later(house: House) -> None:
+    text, _ = await house.keys.issue("acme", "billing")
+    await house.door.authenticate(text)
+    house.store.down = True
+    with pytest.raises(Unavailable):
+        await house.door.tell_last_uses()
+    house.store.down = False
+    house.clock.advance(3600)
+    await house.door.tell_last_uses()
+    [listed] = await house.keys.list("acme")
+    assert listed.last_used_at == datetime(2026, 3, 10, 12, tzinfo=UTC)
+
+
+async def test_many_uses_are_told_in_bounded_portions(house: House) -> None:
+    uses = LastUses(house.store, house.clock)
+    for _ in range(2):
+        for number in range(2 * TOLD_MAX + 1):
+            uses.note(UUID(int=number))
+    await uses.tell()
+    assert [len(noted) for noted in house.store.noted] == [TOLD_MAX, TOLD_MAX, 1]
+    await uses.tell()
+    assert len(house.store.noted) == 3
+
+
+async def test_a_sealed_hash_key_is_opened_by_the_box_alone(house: House) -> None:
+    text, key = await house.keys.issue("acme", "billing")
+    later = KeyRing({"k2": bytes(32)})
+    box = AesGcmSecretBox(later)
+    envelope = box.seal(RING.api_key_hash_keys["k1"], hash_key_context("k1"))
+    await house.store.add(attrs.evolve(key, sealed_hash_key=envelope))
+    door = ApiKeyAuthenticator(store=house.store, key_ring=later, clock=house.clock, secret_box=box)
+    assert (await door.authenticate(text)).subject == "billing"
+    with pytest.raises(Unauthenticated):
+        await door.authenticate(ApiKeyToken.new(key.id).text)
+    with pytest.raises(Unauthenticated):
+        await house.with_ring(later).authenticate(text)
 
 
 @pytest.mark.parametrize(

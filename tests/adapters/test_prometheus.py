@@ -24,7 +24,14 @@ from external_agents.domain import errors, refusals
 from external_agents.domain.access import Action
 from external_agents.domain.budget import Money
 from external_agents.domain.invocation import Attempt, ErrorCode, InvocationStatus, Outcome
-from external_agents.ports.observability import AdmissionRecord, BatchRecord, DecisionRecord, InvocationRecord, Record
+from external_agents.ports.observability import (
+    AdmissionRecord,
+    BatchRecord,
+    DecisionRecord,
+    InvocationRecord,
+    Record,
+    RecoveryRecord,
+)
 from external_agents.testing.builders import make_agent, make_finished_call, principal_of
 from metrics import Figures, figures_of
 
@@ -106,6 +113,11 @@ def test_ends_by_status_and_error_code(status: InvocationStatus, error_code: Err
     figures = told(ended(status=status, error_code=error_code))
     assert figures["invocations_total", status.value, error_code.value] == 1
     assert figures.total("invocations_total") == 1
+
+
+def test_what_recovery_ends_is_counted() -> None:
+    figures = told(RecoveryRecord(at=NOW, interrupted=3))
+    assert figures["invocations_total", "unknown", "interrupted"] == 3
 
 
 def test_attempts_by_outcome() -> None:

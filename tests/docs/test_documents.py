@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,14 +22,16 @@ import pytest
 
 from external_agents import JsonText, Outcome, Principal
 from external_agents.adapters.abac import CedarPolicies, CedarPolicyDecisionPoint
-from external_agents.adapters.memory import FunctionTransport, memory_service
+from external_agents.adapters.memory import FunctionTransport, SystemClock, memory_service
 from external_agents.adapters.postgres.tables import metadata
 from external_agents.adapters.rest.openapi import openapi_document
+from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.bootstrap import discover_catalog
 from external_agents.domain.access import PERMISSIONS, AccessRequest, Action
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.catalog import BUILT_IN
 from external_agents.domain.egress import EgressPolicy
+from external_agents.domain.signing import SigningSecrets
 from external_agents.ports.transport import AgentRequest
 from external_agents.settings import Settings, variable_of
 from external_agents.testing.builders import make_agent
@@ -232,6 +236,54 @@ def test_the_example_of_a_safe_retry_runs(tmp_path: Path) -> None:
     written(tmp_path, "how-to/retry-safely.md")
     [shown] = blocks("text", of=DOCS / "how-to/retry-safely.md")
     assert run(tmp_path, "once.py") == shown.text
+
+
+async def test_the_example_of_an_agent_that_verifies_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, "how-to/verify-signatures.md")
+    secret, other = (f"whsec_{letter * 32}" for letter in "AB")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SIGNING_SECRET", secret)
+    receiver = importlib.import_module("receiver")
+    monkeypatch.setattr(receiver.Agent, "log_message", lambda *_: None)
+    policy = EgressPolicy.parse("loopback")
+    transport = WebhookTransport(policy, answer_limit_bytes=10_000, clock=SystemClock())
+    service = memory_service(transport, url_rules=policy)
+    principal = Principal("acme", "tester", PERMISSIONS)
+    with receiver.HTTPServer(("127.0.0.1", 0), receiver.Agent) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/"
+            document = {"name": "A", "provider": "custom", "webhook_url": url, "auth_type": "none"}
+            agent = await service.create_agent(principal, {**document, "signing_secret": other})
+            assert (await service.invoke_agent(principal, agent.id, "hello")).response_status == 401
+            await service.update_agent(principal, agent.id, {"signing_secret": secret})
+            answer = (await service.invoke_agent(principal, agent.id, "hello")).response
+            assert answer is not None
+            assert answer.value == {"heard": "hello"}
+        finally:
+            await transport.aclose()
+            server.shutdown()
+            thread.join()
+
+
+def test_the_example_of_verifying_without_a_library_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, "how-to/verify-signatures.md")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    is_genuine = importlib.import_module("verify").is_genuine
+    first, second, third = (f"whsec_{letter * 32}" for letter in "ABC")
+    rotated = SigningSecrets(first).replaced_by(second, datetime.now(UTC))
+    assert rotated is not None
+    headers = rotated.headers("018f", b"{}", datetime.now(UTC))
+    assert [is_genuine(secret, headers, b"{}") for secret in (first, second, third)] == [True, True, False]
+    assert not is_genuine(first, headers, b"[]")
+    assert not is_genuine(first, {**headers, "webhook-id": "018e"}, b"{}")
+    for minutes in (-6, 6):
+        late = rotated.headers("018f", b"{}", datetime.now(UTC) + timedelta(minutes=minutes))
+        assert not is_genuine(second, late, b"{}")
+    for name in headers:
+        assert not is_genuine(first, {**headers, name: ""}, b"{}")
+        assert not is_genuine(first, {key: value for key, value in headers.items() if key != name}, b"{}")
 
 
 def test_the_example_with_own_adapters_runs(tmp_path: Path, postgres_url: str) -> None:

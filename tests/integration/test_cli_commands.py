@@ -100,7 +100,9 @@ def test_keys_are_made_listed_and_revoked_beside_a_running_serve(serve: Serve) -
         assert listed[0]["permissions"] == PERMISSIONS
         assert listed[0]["expires_at"] is None
         described = {name: value for name, value in made.items() if name != "key"}
-        assert listed[1] == {**described, "revoked_at": None}
+        used_at = eventually(lambda: _last_used(serve, made["id"]), 30)
+        assert abs(datetime.fromisoformat(used_at) - datetime.now(UTC)) < timedelta(minutes=10)
+        assert listed[1] == {**described, "revoked_at": None, "last_used_at": listed[1]["last_used_at"]}
 
         assert succeed("keys", "revoke", made["id"], home=serve.home) == ""
         eventually(lambda: client.get(API).status_code == 401, REVOKED_WITHIN_S)
@@ -108,11 +110,17 @@ def test_keys_are_made_listed_and_revoked_beside_a_running_serve(serve: Serve) -
         assert httpx.get(f"{serve.address}{API}", headers=bearer(made["key"])).status_code == 401
 
     table = succeed("keys", "list", "--org", "acme", home=serve.home).splitlines()
-    assert table[0].split() == ["id", "subject", "permissions", "expires", "revoked"]
+    assert table[0].split() == ["id", "subject", "permissions", "expires", "revoked", "used"]
     assert [line.split()[:2] for line in table[1:]] == [[listed[0]["id"], "all"], [made["id"], "ci"]]
     assert "never" in table[1]
     assert made["key"] not in "".join(table)
     assert "No such API key" in failure(run("keys", "revoke", UNKNOWN_ID, home=serve.home))
+
+
+def _last_used(serve: Serve, key_id: str) -> str | None:
+    listed = succeed_json("keys", "list", "--org", "acme", home=serve.home)["items"]
+    [used_at] = [item["last_used_at"] for item in listed if item["id"] == key_id]
+    return str(used_at) if used_at else None
 
 
 @beside
@@ -125,6 +133,7 @@ def test_agents_are_registered_changed_and_deleted_beside_a_running_serve(serve:
         "webhook_url": "https://agent.example.com/",
         "auth_type": "bearer",
         "auth_config": {"token": "s3cret"},
+        "signing_secret": f"whsec_s3cret{'A' * 26}",
     }
     (tmp_path / "agent.json").write_text(json.dumps(document))
     made = succeed_json("agents", "create", "--org", "dev", f"@{tmp_path / 'agent.json'}", home=home)
@@ -146,8 +155,12 @@ def test_agents_are_registered_changed_and_deleted_beside_a_running_serve(serve:
     assert listed.stderr == "page 1 of 1, 1 in all\n"
     assert succeed_json("agents", "list", "--org", "other", home=home)["items"] == []
 
-    changed = succeed_json("agents", "update", agent_id, "--org", "dev", '{"status": "inactive"}', home=home)
+    changes = f'{{"status": "inactive", "signing_secret": "whsec_s3cret{"B" * 26}"}}'
+    changed = succeed_json("agents", "update", agent_id, "--org", "dev", changes, home=home)
     assert (changed["status"], changed["version"]) == ("inactive", 2)
+    assert "s3cret" not in str(changed)
+    sealed = serve.sql("SELECT field FROM external_agent_secrets WHERE agent_id = %s", agent_id)
+    assert {"signing_secret", "signing_secret.previous"} <= {row["field"] for row in sealed}
     assert "inactive" in failure(run("invoke", agent_id, "--org", "dev", "{}", home=home))
 
     assert "No such agent" in failure(run("agents", "show", agent_id, "--org", "other", home=home))

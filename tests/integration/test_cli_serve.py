@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from external_agents.adapters.postgres.embedded.child_process import Launch
 from external_agents.adapters.postgres.schema import pending
+from own_gunicorn import end, own_gunicorn, start_gunicorn
 from postgres_server import PostgresServer
 from serve import (
     API,
@@ -22,8 +17,6 @@ from serve import (
     agent_document,
     agent_in_thread,
     bearer,
-    environment,
-    eventually,
     home_folder,
     is_problem,
     run,
@@ -31,7 +24,6 @@ from serve import (
 )
 
 SECRET_KEYS = "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
-APP = "external_agents.bootstrap:create_asgi_app()"
 
 
 @pytest.fixture
@@ -152,56 +144,3 @@ def test_gunicorn_without_a_running_database_says_so(home: Path) -> None:
         assert "Traceback" not in text
     finally:
         end(process)
-
-
-@contextmanager
-def own_gunicorn(home: Path, env: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of a gunicorn as an operator starts it."""
-    process, address, log = start_gunicorn(home, env or {})
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        try:
-            return httpx.get(f"{address}/healthz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        eventually(answers, START_S)
-        yield address
-    finally:
-        end(process)
-
-
-def start_gunicorn(home: Path, env: dict[str, str]) -> tuple[subprocess.Popen[bytes], str, Path]:
-    program = Path(sysconfig.get_path("scripts")) / "gunicorn"
-    log = home.parent / "gunicorn.log"
-    with socket.socket() as listener, log.open("wb") as output:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        listener.set_inheritable(True)
-        launch = Launch(
-            argv=[str(program), "-k", "asgi", "-b", f"fd://{listener.fileno()}", "--no-control-socket", APP],
-            death_signal=15,
-        )
-        process = subprocess.Popen(
-            launch.command(),
-            env=environment(home, env),
-            stdout=output,
-            stderr=output,
-            cwd=home.parent,
-            pass_fds=[listener.fileno()],
-        )
-        return process, f"http://127.0.0.1:{listener.getsockname()[1]}", log
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.terminate()
-    try:
-        process.wait(30)
-    finally:
-        for worker in workers:
-            worker.kill() if worker.is_running() else None
-        process.kill()
-        process.wait()

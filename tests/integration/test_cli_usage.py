@@ -117,6 +117,7 @@ def test_bad_settings_are_all_named(home: Path) -> None:
         "LOG_FORMAT": "xml",
         "LOG_LEVEL": "loud",
         "REDIS_URL": "memcached://:s3cret@cache.example.com",
+        "JWT_JWKS_URL": "https://:s3cret@issuer.example.com/jwks",
     }
     done = run("serve", "--port", "0", home=home, env=bad)
     assert (done.returncode, done.stdout) == (1, "")

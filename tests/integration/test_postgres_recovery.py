@@ -19,6 +19,7 @@ from external_agents.domain.errors import Unavailable
 from external_agents.domain.invocation import ExternalAgentInvocation, InvocationStatus
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S
 from external_agents.testing.builders import conclude, id_at, make_agent, make_request
+from grouped import until
 from postgres_server import LOCK_AGENT, OpenEngine, ShiftedClock, dsn, wait_for_lock
 
 
@@ -263,3 +264,12 @@ async def test_who_retires_leaves_nothing_to_wait_for(scene: Scene) -> None:
     assert await judge.recover() == 1
     assert await scene.status(left) is InvocationStatus.UNKNOWN
     assert len(await scene.instances()) == 1
+
+
+async def test_a_lease_runs_out_by_the_processs_own_clock(postgres_engine: AsyncEngine) -> None:
+    ledger = PostgresLedger(postgres_engine, uuid4(), lease_s=1.0)
+    assert not ledger.holds_lease(), "it has never been heard of"
+    await ledger.heartbeat()
+    await until(lambda: not ledger.holds_lease())
+    await ledger.heartbeat()
+    assert ledger.holds_lease()

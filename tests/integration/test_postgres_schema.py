@@ -17,7 +17,14 @@ from external_agents.adapters.postgres.readiness import Readiness, check
 from external_agents.domain.errors import ConfigurationError, Unavailable
 from postgres_server import OpenEngine, PostgresServer, dsn
 
-ALL = ["0001 Foundation", "0002 Group commit", "0005 Row security"]
+AGENT_ROW = """{
+    "org_id": "acme", "id": "019ab0c5-7a52-7f3e-9c1d-2b8f4a6e0d13", "name": "x", "description": "",
+    "provider": "custom", "webhook_url": "https://agent.example.com/", "auth_type": "none", "auth_config": {},
+    "platform_config": {}, "tags": [], "timeout_s": 30, "max_attempts": 3, "status": "active", "created_by": "tester",
+    "updated_by": "tester", "created_at": "2026-03-10T12:00:00Z", "updated_at": "2026-03-10T12:00:00Z", "version": 1,
+    "name_folded": "x", "description_folded": "", "previous_signing_secret_until": "2026-03-11T12:00:00Z"
+}"""
+ALL = ["0001 Foundation", "0002 Group commit", "0003 Signing secrets", "0004 Keys", "0005 Row security"]
 
 
 @pytest.fixture
@@ -65,6 +72,20 @@ def test_up_down_and_up_again(empty_url: str) -> None:
     assert schema.pending(empty_url) == ALL
     assert schema.migrate(empty_url) == ALL
     assert relations(empty_url) == everything
+
+
+def test_signing_secrets_go_with_what_ends_their_time(postgres_url: str) -> None:
+    with psycopg.connect(dsn(postgres_url)) as connection:
+        insertion = "INSERT INTO external_agents SELECT * FROM json_populate_record(NULL::external_agents, %s)"
+        connection.execute(insertion, (AGENT_ROW,))
+        for field in ("auth_config.key", "signing_secret", "signing_secret.previous"):
+            connection.execute(
+                "INSERT INTO external_agent_secrets SELECT org_id, id, %s, 'k1', '' FROM external_agents", (field,)
+            )
+    alembic(postgres_url, "downgrade", "0002")
+    schema.migrate(postgres_url)
+    with psycopg.connect(dsn(postgres_url)) as connection:
+        assert connection.execute("SELECT field FROM external_agent_secrets").fetchall() == [("auth_config.key",)]
 
 
 def test_a_hosts_own_tables_are_left_alone(empty_url: str) -> None:
@@ -121,7 +142,7 @@ def test_every_tenant_tables_primary_key_begins_with_the_organisation(postgres_u
                 """
             ).fetchall()
         )
-    others = {"api_keys", "instances", "external_agents_schema_version"}
+    others = {"api_keys", "api_key_hash_keys", "instances", "external_agents_schema_version"}
     assert {table for table, column in first_columns.items() if column != "org_id"} == others
 
 

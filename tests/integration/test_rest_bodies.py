@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -162,6 +163,31 @@ async def test_a_body_that_is_cut_off_reaches_no_agent(api: Api) -> None:
     await api.app({**scope, "path": path, "query_string": b"", "root_path": ""}, receive, send)
     assert statuses[0] == 400
     assert api.transport.requests == []
+
+
+async def test_a_dripping_body_is_given_up_though_the_server_loses_the_cancellation() -> None:
+    """As `asyncio.wait_for` does, and with it gunicorn, when a piece comes at the same moment."""
+    statuses = []
+
+    async def receive() -> dict[str, Any]:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3_600)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(event: dict[str, Any]) -> None:
+        statuses.append(event.get("status"))
+
+    async with Api(body_grace_s=0.1) as api, asyncio.timeout(20):
+        headers = [
+            (b"authorization", f"Bearer {api.key}".encode()),
+            (b"content-type", b"application/json"),
+            (b"transfer-encoding", b"chunked"),
+        ]
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST"}
+        await api.app(
+            {**scope, "headers": headers, "path": AGENTS, "query_string": b"", "root_path": ""}, receive, send
+        )
+    assert statuses[0] == 408
 
 
 PAYLOADS = [

@@ -219,11 +219,12 @@ class TestRequestIds:
         assert seen == [{"request_id": "req-1", "trace_id": TRACE}, "left"]
 
 
-PATHS = [AGENTS, f"{AGENTS}/{UNKNOWN_ID}", "/healthz", "/readyz", "/openapi.json", "/docs", "/nope"]
+PATHS = [AGENTS, f"{AGENTS}/{UNKNOWN_ID}", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/"]
+PATHS += ["/docs/init.js", "/docs/nope", "/nope", "/%00"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "TRACE", "BREW"])
 async def test_security_headers_are_on_everything(api: Api, method: str, path: str) -> None:
     answer = await api.call(method, path)
     assert answer.headers["cache-control"] == "no-store"

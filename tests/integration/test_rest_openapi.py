@@ -161,6 +161,9 @@ def test_secrets_are_written_only() -> None:
         for field in platform.secret_fields:
             assert schemas[f"platform_config.{name}"]["properties"][field]["writeOnly"]
             assert field not in schemas[f"platform_config.{name}.shown"]["properties"]
+    for written in ("AgentToCreate", "AgentPatch"):
+        assert schemas[written]["properties"]["signing_secret"]["writeOnly"]
+    assert "signing_secret" not in schemas["Agent"]["properties"]
 
 
 def test_every_kind_of_problem_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, LiteralString
 from uuid import UUID, uuid4
 
@@ -17,13 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
-from external_agents.adapters.postgres.engine import create_engine, reading, transaction
+from external_agents.adapters.postgres.engine import create_engine, reading, reading_of, transaction
+from external_agents.adapters.postgres.envelopes import PostgresEnvelopes
 from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import add_missing_partitions, keep_partitions
 from external_agents.adapters.postgres.roles import RIGHTS, TENANTS
-from external_agents.adapters.postgres.row_security import reading_of
 from external_agents.adapters.postgres.schema import migrate, role_fault
 from external_agents.domain.access import Principal
 from external_agents.domain.agent import ExternalAgent
@@ -205,7 +206,7 @@ class TestAHostileSession:
     def test_what_was_gathered_of_the_tables(self, hostile: Hostile) -> None:
         hostile.owner.execute("ANALYZE")
         seen = hostile.ask("SELECT tablename FROM pg_stats WHERE schemaname = 'public'")
-        assert {name for (name,) in seen} <= {"instances", "external_agents_schema_version"}
+        assert {name for (name,) in seen} <= {"instances", "api_key_hash_keys", "external_agents_schema_version"}
 
     def test_it_becomes_nobody_else(self, hostile: Hostile) -> None:
         hostile.ask("SELECT set_config('app.org_ids', 'acme', false)")
@@ -252,6 +253,8 @@ class TestAHostileSession:
         hostile.session.execute(
             """
             CREATE TEMP TABLE api_keys (LIKE public.api_keys);
+            CREATE TEMP TABLE api_key_hash_keys (LIKE public.api_key_hash_keys);
+            CREATE TEMP TABLE external_agent_secrets (LIKE public.external_agent_secrets);
             CREATE TEMP TABLE instances (LIKE public.instances);
             CREATE TEMP TABLE external_agent_invocations (LIKE public.external_agent_invocations);
             CREATE TEMP TABLE external_agent_idempotency_keys (LIKE public.external_agent_idempotency_keys);
@@ -261,6 +264,10 @@ class TestAHostileSession:
             """
         )
         assert len(hostile.ask("SELECT id FROM public.external_agents_api_keys(%s)", [key])) == 1
+        assert hostile.ask("SELECT public.external_agents_needed_keys()") == [(["k1"],), (["k1"],)]
+        hostile.session.execute("SELECT public.external_agents_note_uses(ARRAY[%s::uuid], ARRAY[now()])", [key])
+        noted = hostile.owner.execute("SELECT id FROM api_keys WHERE last_used_at IS NOT NULL").fetchall()
+        assert noted == [(key,)]
         assert hostile.ask("SELECT public.external_agents_clear_idempotency_keys(1000)") == [(0,)]
         running = hostile.owner.execute("SELECT id FROM instances").fetchone()
         assert running is not None
@@ -268,6 +275,21 @@ class TestAHostileSession:
         assert hostile.owner.execute("SELECT count(*) FROM instances").fetchone() == (1,)
         with pytest.raises(psycopg.errors.RaiseException):
             hostile.session.execute("SELECT public.external_agents_add_partition('2500-01-01')")
+
+    def test_sealed_hash_keys_are_there_to_be_read_alone(self, hostile: Hostile) -> None:
+        """They belong to no organisation, and say nothing without the secret keys."""
+        hostile.owner.execute("INSERT INTO api_key_hash_keys VALUES ('k0', 'k1', 'sealed')")
+        hostile.ask("SELECT set_config('app.org_ids', 'acme,other', false)")
+        assert hostile.ask("SELECT hash_key_id FROM api_key_hash_keys") == [("k0",)]
+        tried: list[LiteralString] = [
+            "INSERT INTO api_key_hash_keys VALUES ('k1', 'k1', 'mine')",
+            "UPDATE api_key_hash_keys SET envelope = 'mine'",
+            "DELETE FROM api_key_hash_keys",
+            "TRUNCATE api_key_hash_keys",
+        ]
+        for statement in tried:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                hostile.session.execute(statement)
 
     def test_group_commit_has_no_more_rights_than_its_caller(self, hostile: Hostile) -> None:
         [(definer,)] = hostile.ask("SELECT prosecdef FROM pg_proc WHERE proname = 'external_agents_commit'")
@@ -277,7 +299,7 @@ class TestAHostileSession:
         found = hostile.owner.execute(
             "SELECT proname, proacl::text, array_to_string(proconfig, ' ') FROM pg_proc WHERE prosecdef"
         ).fetchall()
-        assert len(found) == 5
+        assert len(found) == 7
         for name, rights, settings in found:
             assert "{=" not in rights, name
             assert ",=" not in rights, name
@@ -431,6 +453,56 @@ class TestTheService:
         assert await store.find(theirs.id) == [attrs.evolve(theirs, revoked_at=now)]
         assert not await store.revoke(UUID(int=1), now)
 
+    async def test_api_keys_are_found_and_listed_with_what_they_were_hashed_with(
+        self, owner_url: str, engine: AsyncEngine
+    ) -> None:
+        with psycopg.connect(dsn(owner_url)) as owner:
+            owner.execute("INSERT INTO api_key_hash_keys VALUES ('k1', 'k2', 'sealed')")
+        store = PostgresApiKeys(engine)
+        key = api_key(ACME)
+        await store.add(key)
+        for found in (await store.find(key.id), await store.list(ACME)):
+            assert [(one.id, one.sealed_hash_key) for one in found] == [(key.id, b"sealed")]
+
+    async def test_uses_of_api_keys_are_noted_over_organisations(self, engine: AsyncEngine) -> None:
+        store = PostgresApiKeys(engine)
+        keys = [api_key(org_id) for org_id in (ACME, OTHER, ACME)]
+        for key in keys:
+            await store.add(key)
+        used = datetime(2026, 3, 10, 12, 30, tzinfo=UTC)
+        await store.note_uses({keys[0].id: used, keys[1].id: used, uuid4(): used})
+        noted = {key.id: key.last_used_at for key in await store.find(*(key.id for key in keys))}
+        assert noted == {keys[0].id: used, keys[1].id: used, keys[2].id: None}
+
+    async def test_which_secret_keys_are_needed_is_known_over_organisations(
+        self, owner_url: str, engine: AsyncEngine
+    ) -> None:
+        """And nothing else of what they seal: a count over no rows would say that a key may be taken away."""
+        await furnish(engine)
+        store = PostgresApiKeys(engine)
+        now = datetime.now(UTC)
+        for hash_key_id, changes in (
+            ("k0", {"expires_at": now}),
+            ("k3", {"revoked_at": now}),
+            ("k4", {}),
+            ("k5", {"org_id": OTHER}),
+        ):
+            key = api_key(str(changes.pop("org_id", ACME)))
+            await store.add(attrs.evolve(key, hash_key_id=hash_key_id, **changes))
+        with psycopg.connect(dsn(owner_url)) as owner:
+            owner.execute("INSERT INTO api_key_hash_keys VALUES ('k5', 'k6', 'sealed'), ('k7', 'k8', 'sealed')")
+            owner.execute("UPDATE external_agent_secrets SET key_id = 'k2' WHERE org_id = 'other'")
+        envelopes = PostgresEnvelopes(engine, key_id_of=lambda envelope: "k1")
+        needed = sorted(sorted(ids) for ids in await envelopes.key_ids())
+        assert needed == [["k1"], ["k2"], ["k4"], ["k5", "k6"]]
+        for refused in (envelopes.uses, envelopes.hash_keys, partial(envelopes.reseal, "k1", _resealed, after=None)):
+            with pytest.raises(ConfigurationError, match="owner"):
+                await refused()
+
+
+def _resealed(agent: ExternalAgent, field: str) -> bytes:
+    return agent.sealed[field]
+
 
 class TestRoles:
     def test_every_table_of_tenants_has_the_policy_and_leaves_the_owner_free(self, owner_url: str) -> None:
@@ -479,7 +551,7 @@ class TestRoles:
             found = owner.execute(
                 "SELECT has_function_privilege('public', oid, 'EXECUTE') FROM pg_proc WHERE prosecdef"
             ).fetchall()
-        assert found == [(False,)] * 5
+        assert found == [(False,)] * 7
 
     def test_a_role_that_is_not_there(self, postgres_url: str) -> None:
         with pytest.raises(ConfigurationError, match="nobody_at_all"):

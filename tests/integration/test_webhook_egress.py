@@ -7,10 +7,11 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 
 import aiohttp
+import attrs
 import pytest
 from yarl import URL
 
@@ -18,7 +19,9 @@ from agents import Agent, Issuer, serve_agent
 from external_agents.adapters.webhook import resolver
 from external_agents.adapters.webhook.connector import GuardedConnector
 from external_agents.adapters.webhook.egress import EgressGuard
+from external_agents.adapters.webhook.failures import Unanswered
 from external_agents.adapters.webhook.journey import Journey, journey
+from external_agents.adapters.webhook.outbound import Outbound, Post
 from external_agents.adapters.webhook.resolver import SystemResolver
 from external_agents.domain.egress import EgressPolicy
 from external_agents.domain.invocation import ErrorCode, Outcome
@@ -58,7 +61,7 @@ class TestAddressLiterals:
         """Address literals skip aiohttp's resolver. This is the last line, without the one before it."""
         guard = EgressGuard(EgressPolicy(), Names())
         connector = GuardedConnector(guard, ssl.create_default_context())
-        current = Journey(URL(canary.url, encoded=True), 1024)
+        current = Journey(URL(canary.url, encoded=True), 1024, "acme")
         journey.set(current)
         async with aiohttp.ClientSession(connector=connector) as session:
             with pytest.raises(aiohttp.ClientConnectorError):
@@ -135,6 +138,27 @@ class TestNames:
         assert names.asked == ["xn--bcher-kva.example"]
         assert agent_server.requests[0].headers["host"] == f"xn--bcher-kva.example:{agent_server.port}"
 
+    async def test_a_name_is_judged_again_in_the_form_in_which_it_is_asked_for(self, canary: Agent, caplog):
+        """Registration knows another IDNA than the wire; here they differ in whether the name is local."""
+
+        @attrs.frozen
+        class Lenient(EgressPolicy):
+            def url_faults(self, url: str) -> list[str]:
+                return [] if not url.isascii() else super().url_faults(url)
+
+        names = Names(agent_local=[["127.0.0.1"]])
+        outbound = Outbound(Lenient(ports=frozenset({canary.port})), resolve=names)
+        for host in ("agent\u3002local", "127\u30020\u30020\u30021", "2130706433\uff0e", "xn--\u3002example"):
+            post = Post(
+                to="The agent", org_id="acme", url=f"https://{host}:{canary.port}/", headers={}, body=b"",
+                answer_limit_bytes=1024, deadline_s=asyncio.get_running_loop().time() + 20,
+            )  # fmt: skip
+            with pytest.raises(Unanswered) as raised:
+                await outbound.post(post)
+            assert raised.value.outcome == REFUSED
+        await outbound.aclose()
+        assert names.asked == []
+
     async def test_a_name_without_addresses(self):
         async with open_transport(resolve=Names(agent_example=[[]])) as transport:
             outcome = await transport.exchange(request_to("http://agent.example/"))
@@ -195,17 +219,17 @@ class TestWhatIsTold:
 
 class TestTheSystemsResolver:
     async def test_it_knows_this_machine(self):
-        assert ip_address("127.0.0.1") in await SystemResolver()("localhost")
+        assert ip_address("127.0.0.1") in await SystemResolver()("localhost", "acme")
 
     async def test_an_unknown_name(self, lookups: Lookups):
         lookups.error = socket.gaierror(socket.EAI_NONAME, "unknown")
         with pytest.raises(OSError, match="unknown"):
-            await SystemResolver()("agent.example")
+            await SystemResolver()("agent.example", "acme")
 
     async def test_a_slow_lookup_is_given_up_and_shared(self, lookups: Lookups):
         resolve = SystemResolver(timeout_s=0.1)
         lookups.may_end.clear()
-        results = await asyncio.gather(*(resolve("slow.example") for _ in range(50)), return_exceptions=True)
+        results = await asyncio.gather(*(resolve("slow.example", "acme") for _ in range(50)), return_exceptions=True)
         assert all(isinstance(result, socket.gaierror) for result in results)
         assert lookups.asked == ["slow.example"]
         await resolve.aclose()
@@ -213,11 +237,43 @@ class TestTheSystemsResolver:
     async def test_threads_are_bounded(self, lookups: Lookups):
         resolve = SystemResolver(threads_max=3, timeout_s=0.2)
         lookups.may_end.clear()
-        await asyncio.gather(*(resolve(f"{n}.example") for n in range(10)), return_exceptions=True)
+        await asyncio.gather(*(resolve(f"{n}.example", f"org-{n}") for n in range(10)), return_exceptions=True)
         assert len(lookups.asked) == 3
         lookups.may_end.set()
-        assert await SystemResolver()("other.example") == (ip_address("93.184.215.14"),)
+        assert await SystemResolver()("other.example", "acme") == (ip_address("93.184.215.14"),)
         await resolve.aclose()
+
+    async def test_an_organisation_with_slow_names_holds_up_nobody_else(self, lookups: Lookups):
+        """Its own other names wait; and who asks for the same slow name has a lookup of its own."""
+        resolve = SystemResolver(threads_max=5, threads_per_organisation_max=3, timeout_s=20)
+        lookups.may_end.clear()
+        slow = [asyncio.create_task(resolve(f"slow-{n}.example", "mallory")) for n in range(50)]
+        await until(lambda: len(lookups.asked) == 3)
+        others = [asyncio.create_task(resolve(name, "acme")) for name in ("slow-0.example", "slow-49.example")]
+        await until(lambda: len(lookups.asked) == 5)
+        assert lookups.asked[3:] == ["slow-0.example", "slow-49.example"]
+        lookups.may_end.set()
+        assert {len(found) for found in await asyncio.gather(*others, *slow)} == {1}
+        await resolve.aclose()
+
+    async def test_a_lookup_that_has_not_begun_in_time_never_does(self, lookups: Lookups):
+        resolve = SystemResolver(threads_max=1, timeout_s=0.1)
+        lookups.may_end.clear()
+        for name in ("slow.example", "late.example"):
+            with pytest.raises(socket.gaierror):
+                await resolve(name, "acme")
+        await until(lambda: ("acme", "late.example") not in resolve._running)
+        lookups.may_end.set()
+        await until(lambda: not resolve._running)
+        assert lookups.asked == ["slow.example"]
+        assert not resolve._slots_of
+        await resolve.aclose()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - nobody tells when it does
+            await asyncio.sleep(0.001)
 
 
 class Lookups:

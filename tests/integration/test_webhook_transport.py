@@ -98,6 +98,22 @@ class TestWhatTheAgentReceives:
         assert seen.headers["content-type"] == "application/json"
         assert seen.headers["idempotency-key"] == "ours"
 
+    async def test_credentials_never_steer_the_connection_or_what_we_vouch_for(self, transport, agent_server: Agent):
+        """Whatever made them: an auth type of somebody else's may check nothing."""
+        reserved = (
+            "Host Connection Content-Length Content-Type Content-Location Transfer-Encoding TE Trailer Upgrade Expect"
+            " Accept-Encoding Cookie Forwarded X-Forwarded-For X-Forwarded- Proxy-Authorization Proxy-Connection"
+            " Idempotency-Key traceparent webhook-id webhook-signature"
+        ).split()
+        spelt = [name for word in reserved for name in (word, word.lower(), word.upper(), word.swapcase())]
+        odd = ["", "X:Y", "X Y", "X\r\nHost", "\u017fet", "X\0"]
+        theirs = dict.fromkeys([*spelt, *odd], "theirs") | {"X-Fine": "1", "x-fine": "2"}
+        await transport.exchange(request_to(agent_server.url, credentials=FixedHeaders(theirs)))
+        (seen,) = agent_server.requests
+        assert "theirs" not in ", ".join(seen.headers.values())
+        assert [value for name, value in seen.raw_headers if name.lower() == b"x-fine"] == [b"2"]
+        assert seen.headers["host"] == f"127.0.0.1:{agent_server.port}"
+
     @pytest.mark.parametrize(
         "path", ["/hook", "/a%7Eb/%41?sp=%2Ftriggers%2Frun&sig=a%2Bb%3D&x='&&", "/%E2%82%AC;p=1", "//double"]
     )
@@ -252,7 +268,7 @@ class TestWhenThereIsNoAnswer:
         assert is_retried(outcome)
 
     async def test_the_name_takes_too_long(self):
-        async def never(host: str) -> list:
+        async def never(host: str, org_id: str) -> list:
             await asyncio.Event().wait()
             return []
 
@@ -345,7 +361,7 @@ class TestConnections:
         await agent_server.until(lambda: agent_server.open_connections == 0)
 
 
-async def _no_names(host: str) -> list:
+async def _no_names(host: str, org_id: str) -> list:
     raise OSError("no such name")
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,7 +77,9 @@ def test_an_agent_is_what_its_document_said(document: dict[str, Any]) -> None:
     assert not agent.auth_config.keys() & scheme.secret_fields
     assert not agent.platform_config.keys() & platform.secret_fields
     assert agent.auth_type != "custom" or agent.auth_config == {}
-    registrar.credentials(agent)
+    assert not {"signing_secret", "signing_secret.previous"} & attrs.asdict(agent).keys()
+    signing = registrar.opened(agent).signing
+    assert (signing.current if signing else None) == document.get("signing_secret")
 
 
 @given(agent_documents(), st.dictionaries(texts(1, 12), field_values(), min_size=1, max_size=3))
@@ -95,7 +98,7 @@ def test_unknown_fields_are_named(document: dict[str, Any], more: dict[str, Any]
 def test_no_document_breaks_the_judge(document: Any) -> None:
     registrar = new_registrar()
     if not errors_of(registered, registrar, document):
-        registrar.credentials(registered(registrar, document))
+        registrar.opened(registered(registrar, document))
 
 
 @given(agent_documents(), st.dictionaries(FIELDS, field_values()) | field_values())

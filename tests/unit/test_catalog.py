@@ -75,7 +75,7 @@ async def test_an_added_auth_type_and_platform_work_as_the_built_in_ones_do() ->
     agent = await service.create_agent(ALICE, DOCUMENT)
     assert agent.auth_config == {"key_id": "k", "login_url": "https://login.example.com/"}
     assert agent.platform_config == {"room": "!room"}
-    assert "secret" not in repr(store.agents)
+    assert "m-secret" not in repr(store.agents)
     assert "long enough" not in repr(store.agents)
 
     await service.invoke_agent(ALICE, agent.id, None)

@@ -99,6 +99,37 @@ class TestUrls:
             "https://[zzz]/",
             "https://[::1/",
             "https://\uff11\uff12\uff17.0.0.1/",
+            "https://[8.8.8.8]/",
+            "https://[example.com]/",
+            "https://[2606:4700::1111]x/",
+            "https://x[2606:4700::1111]/",
+            "https://8.8.8.8[2606:4700::1111]/",
+            "https://[2606:4700::1111][::1]/",
+            "https://[v1.x]/",
+            "https://[::ffff:8.8.8.8%251]/",
+            "https://[64:ff9b::8.8.8.8%25lo]/",
+            "https://[64:ff9b:1::808:808]/",
+            "https://[2001:0:808:808::1]/",
+            "https://[2606:4700::1111%2525]/",
+            "https://example.com:\u0664\u0664\u0663/",
+            "https://example.com:+443/",
+            "https://example.com:4_43/",
+            "https://example.com:443:443/",
+            "https://1.2.3.4.5/",
+            "https://example.0x1f/",
+            "https://example.0X/",
+            "https://example.com.0/",
+            "https://example\uff0ecom\uff0e/",
+            "https://example.com/\u1680",
+            "https://example.com/\u205f",
+            "https://example.com/\ufeff",
+            "https://exa\u00admple.com/",
+            "https://example.com/\t",
+            "https://example.com/\x7f",
+            "https://example.com/\x85",
+            " https://example.com/",
+            "https://example.com/ ",
+            "https:\\\\example.com/",
             "https://\u24dbocalhost/",
         ],
     )  # fmt: skip
@@ -164,8 +195,13 @@ class TestAddresses:
         assert [str(address) for address in LOCAL.localhost()] == ["127.0.0.1", "::1"]
         assert [str(address) for address in EgressPolicy.parse("127.0.0.0/8").localhost()] == ["127.0.0.1"]
 
-    def test_an_address_with_a_zone_is_not_public(self) -> None:
-        assert not is_public(ip_address("2606:4700::1111%1"))
+    @pytest.mark.parametrize("text", ["2606:4700::1111%1", "::ffff:8.8.8.8%1", "64:ff9b::808:808%lo"])
+    def test_an_address_with_a_zone_is_not_public(self, text: str) -> None:
+        assert not is_public(ip_address(text))
+
+    @pytest.mark.parametrize("text", ["::1%1", "::ffff:127.0.0.1%lo"])
+    def test_an_address_with_a_zone_is_not_an_operators_own(self, text: str) -> None:
+        assert not LOCAL.allows(ip_address(text))
 
 
 class TestSettings:

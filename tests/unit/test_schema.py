@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import fastjsonschema
@@ -83,6 +84,17 @@ def test_a_reference_within_the_schema_works() -> None:
 )  # fmt: skip
 def test_faults(definition: dict[str, Any], value: Any, faults: list[Fault]) -> None:
     assert Schema(definition).faults(value) == faults
+
+
+@pytest.mark.parametrize(
+    "definition", [{"type": "integer"}, {"type": ["integer", "null"]}, {"anyOf": [{"type": "integer"}]}]
+)
+def test_an_integer_may_be_written_with_a_fraction_of_zero(definition: dict[str, Any]) -> None:
+    schema = Schema({"properties": {"count": {**definition, "maximum": 100}, "any": True}})
+    assert schema.faults({"count": Decimal("1.0"), "any": Decimal("1.0")}) == []
+    assert schema.faults({"count": Decimal("1e2")}) == []
+    assert [fault.path for fault in schema.faults({"count": Decimal("1.5")})] == ["count"]
+    assert [fault.path for fault in schema.faults({"count": Decimal("1e3")})] == ["count"]
 
 
 def test_faults_are_bounded() -> None:

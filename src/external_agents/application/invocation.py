@@ -6,19 +6,21 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Coroutine
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import attrs
 
 from external_agents.application.access import Witness
+from external_agents.application.registration import Opened
 from external_agents.domain.access import Principal
 from external_agents.domain.agent import ExternalAgent
-from external_agents.domain.auth import Credentials
 from external_agents.domain.errors import ExternalAgentsError, NotFound, StaleVersion, Unavailable
 from external_agents.domain.invocation import Attempt, ExternalAgentInvocation, Outcome
 from external_agents.domain.rate_limit import RateQuotas
 from external_agents.domain.retry import attempt_timeout_s, next_delay_s
+from external_agents.domain.signing import SigningSecrets
 from external_agents.ports.ledger import AdmissionRequest, InvocationLedger
 from external_agents.ports.observability import REPLAYED, AdmissionRecord, InvocationRecord
 from external_agents.ports.system import Clock, IdSource
@@ -72,11 +74,11 @@ class Invoked:
 
 @attrs.frozen(kw_only=True)
 class Assignment:
-    """What is to be invoked: the agent as it was decided on, what it is to receive, what the ledger is asked for."""
+    """What is to be invoked: the agent as it was decided on, its secrets, what the ledger is asked for."""
 
     principal: Principal
     agent: ExternalAgent
-    credentials: Credentials
+    secrets: Opened
     request: AdmissionRequest
 
 
@@ -164,11 +166,18 @@ class InvocationPipeline:
     async def _attempt(self, assignment: Assignment, invocation: ExternalAgentInvocation) -> ExternalAgentInvocation:
         agent = assignment.agent
         started_s = self._clock.monotonic_s()
+        elapsed_s = 0.0
+        outcome: Outcome | None = None
         attempts: tuple[Attempt, ...] = ()
         may_have_run = False
-        while True:
-            elapsed_s = self._clock.monotonic_s() - started_s
-            outcome, attempt = await self._exchange(assignment, invocation, elapsed_s)
+        delay_s: float | None = 0.0
+        while delay_s is not None:
+            if attempts:
+                await self._clock.sleep(delay_s)
+            if not self._ledger.holds_lease():
+                _log.warning("invocation %s is not sent: others may have taken this process for dead", invocation.id)
+                break
+            outcome, attempt = await self._exchange(assignment, invocation, self._clock.monotonic_s() - started_s)
             attempts += (attempt,)
             may_have_run |= outcome.may_have_run
             elapsed_s = self._clock.monotonic_s() - started_s
@@ -179,16 +188,16 @@ class InvocationPipeline:
                 elapsed_s=elapsed_s,
                 jitter=self._ids.jitter(),
             )
-            if delay_s is None:
-                return invocation.concluded(
-                    outcome,
-                    attempts,
-                    currency=agent.budget.currency,
-                    charged_anyway=may_have_run,
-                    execution_time_ms=round(elapsed_s * 1000),
-                    at=self._clock.now(),
-                )
-            await self._clock.sleep(delay_s)
+        if outcome is None:
+            return invocation.interrupted(self._clock.now())
+        return invocation.concluded(
+            outcome,
+            attempts,
+            currency=agent.budget.currency,
+            charged_anyway=may_have_run,
+            execution_time_ms=round(elapsed_s * 1000),
+            at=self._clock.now(),
+        )
 
     async def _exchange(
         self, assignment: Assignment, invocation: ExternalAgentInvocation, elapsed_s: float
@@ -201,8 +210,8 @@ class InvocationPipeline:
                 agent_id=agent.id,
                 url=agent.webhook_url,
                 body=invocation.request,
-                headers={"Idempotency-Key": str(invocation.id), "traceparent": _traceparent(invocation)},
-                credentials=assignment.credentials,
+                headers=_headers(assignment.secrets.signing, invocation, at),
+                credentials=assignment.secrets.credentials,
                 timeout_s=attempt_timeout_s(agent.timeout_s, elapsed_s),
             )
         )
@@ -285,6 +294,14 @@ def _answer(future: asyncio.Future[Invoked], result: Invoked | Exception) -> Non
         future.exception()  # Marks it as seen: nobody may be waiting.
     else:
         future.set_result(result)
+
+
+def _headers(signing: SigningSecrets | None, invocation: ExternalAgentInvocation, sent_at: datetime) -> dict[str, str]:
+    """Of one attempt: by its id the agent knows the invocation again, and by the time how fresh the attempt is."""
+    headers = {"Idempotency-Key": str(invocation.id), "traceparent": _traceparent(invocation)}
+    if signing is None:
+        return headers
+    return {**headers, **signing.headers(str(invocation.id), invocation.request.text.encode(), sent_at)}
 
 
 def _traceparent(invocation: ExternalAgentInvocation) -> str:

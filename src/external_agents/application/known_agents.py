@@ -1,8 +1,9 @@
 """
-Agents that were invoked before, with their credentials opened.
+Agents that were invoked before, with their secrets opened.
 
 What is known of an agent may lead to an attempt at admission and to nothing else: the ledger admits the version that is
 current and no other. So a refusal is never drawn from memory; it is judged again on the agent as the store has it.
+A secret whose time is over is forgotten at the next invocation of its agent, which has not changed for it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from uuid import UUID
 import attrs
 
 from external_agents.application.access import AccessControl
+from external_agents.application.registration import Opened
 from external_agents.application.shared_reads import SharedReads
 from external_agents.application.visible_agents import id_of
 from external_agents.domain.access import Action, Principal
 from external_agents.domain.agent import ExternalAgent
-from external_agents.domain.auth import Credentials, FixedHeaders
+from external_agents.domain.auth import FixedHeaders
 from external_agents.domain.errors import AgentNotFound, ExternalAgentsError
 from external_agents.ports.repositories import AgentReader
+from external_agents.ports.system import Clock
 
 KNOWN_MAX = 4_096
 KNOWN_SIZE_MAX = 16_384
@@ -42,13 +45,13 @@ _Key: TypeAlias = tuple[str, UUID]
 
 @attrs.frozen(eq=False)
 class KnownAgent:
-    """An agent as it was read, and what it is to receive, opened when it is asked for and then kept."""
+    """An agent as it was read, and its secrets, opened when they are asked for and then kept."""
 
     agent: ExternalAgent
-    _open: Callable[[ExternalAgent], Credentials] = attrs.field(repr=False)
+    _open: Callable[[ExternalAgent], Opened] = attrs.field(repr=False)
 
     @cached_property
-    def credentials(self) -> Credentials:
+    def opened(self) -> Opened:
         """
         Raises:
             SecretUnreadable: An envelope cannot be opened.
@@ -63,13 +66,15 @@ class KnownAgents:
         self,
         reader: AgentReader,
         access: AccessControl,
-        open_credentials: Callable[[ExternalAgent], Credentials],
+        open_secrets: Callable[[ExternalAgent], Opened],
         *,
+        clock: Clock,
         known_max: int = KNOWN_MAX,
     ) -> None:
         self._reader = reader
         self._access = access
-        self._open = open_credentials
+        self._open = open_secrets
+        self._clock = clock
         self._known_max = known_max
         self._kept: OrderedDict[_Key, KnownAgent] = OrderedDict()
         self._reads: SharedReads[_Key, KnownAgent] = SharedReads()
@@ -86,7 +91,7 @@ class KnownAgents:
             PermissionDenied: The policies do not allow to invoke it.
         """
         key = principal.org_id, id_of(agent_id)
-        known = self._kept.get(key) or await self._reads.join(key)
+        known = self._current(key) or await self._reads.join(key)
         if known is not None and await self._access.allows(principal, Action.INVOKE, known.agent):
             with suppress(ExternalAgentsError):
                 return self._prepared(known, prepare)
@@ -101,11 +106,18 @@ class KnownAgents:
         if kept is not None and kept.agent.version <= agent.version:
             del self._kept[key]
 
+    def _current(self, key: _Key) -> KnownAgent | None:
+        known = self._kept.get(key)
+        if known is None or not known.agent.holds_expired(self._clock.now()):
+            return known
+        del self._kept[key]
+        return None
+
     async def _read(self, org_id: str, agent_id: UUID) -> KnownAgent:
         agent = await self._reader.read(org_id, agent_id)
         if agent.is_deleted:
             raise AgentNotFound
-        return KnownAgent(agent, self._open)
+        return KnownAgent(agent.without_expired(self._clock.now()), self._open)
 
     def _prepared(self, known: KnownAgent, prepare: Callable[[KnownAgent], T]) -> T:
         prepared = prepare(known)
@@ -128,7 +140,7 @@ def _is_small(known: KnownAgent) -> bool:
     """Looks no further than KNOWN_SIZE_MAX."""
     agent = known.agent
     left = KNOWN_SIZE_MAX
-    credentials = known.credentials
+    credentials = known.opened.credentials
     headers = credentials.headers if isinstance(credentials, FixedHeaders) else {}
     values: list[Any] = [agent.description, agent.auth_config, agent.platform_config, agent.sealed, headers]
     while values and left > 0:

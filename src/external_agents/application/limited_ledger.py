@@ -69,6 +69,9 @@ class LimitedLedger(InvocationLedger):
     async def heartbeat(self) -> None:
         await self._ledger.heartbeat()
 
+    def holds_lease(self) -> bool:
+        return self._ledger.holds_lease()
+
     async def recover(self) -> int:
         return await self._ledger.recover()
 

@@ -6,16 +6,32 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from uuid import UUID
 
+import attrs
+
 from external_agents.domain.agent import CHANGEABLE, DEFAULTS, AgentStatus, ExternalAgent
 from external_agents.domain.auth import EVERYTHING, Credentials
 from external_agents.domain.catalog import Catalog, join_secrets, split_secrets
 from external_agents.domain.egress import Destination, UrlRules
-from external_agents.domain.errors import Fault, ValidationError
+from external_agents.domain.errors import Fault, SecretUnreadable, ValidationError
 from external_agents.domain.json_values import JsonValue, decode, dumps, judged_value, merge_patch
+from external_agents.domain.signing import PREVIOUS_SIGNING_SECRET, SIGNING_SECRET, SigningSecrets
 from external_agents.ports.secrets import SecretBox, SecretContext
 
 Document = Mapping[str, JsonValue]
 """A whole agent as its owner describes it, secrets included."""
+
+
+@attrs.frozen(kw_only=True)
+class Opened:
+    """
+    The secrets of an agent that an invocation needs, opened.
+
+    Attributes:
+        signing: None: requests to the agent are not signed.
+    """
+
+    credentials: Credentials
+    signing: SigningSecrets | None
 
 
 class Registrar:
@@ -49,8 +65,10 @@ class Registrar:
         """
         document, faults = judged_value(document)
         _raise_if(faults + self._catalog.agent_faults(document, self._url_rules))
+        secret = document.get(SIGNING_SECRET)
+        signing = None if secret is None else SigningSecrets(secret)
         return ExternalAgent(
-            **self._fields({**DEFAULTS, **document}, org_id, agent_id),
+            **self._fields({**DEFAULTS, **document}, signing, org_id, agent_id),
             id=agent_id,
             org_id=org_id,
             created_by=by,
@@ -76,7 +94,15 @@ class Registrar:
         merged = merge_patch(current, {name: value for name, value in patch.items() if name in CHANGEABLE})
         faults += self._kept_secret_faults(agent, current, merged, patch)
         _raise_if(faults + self._catalog.agent_faults(merged, self._url_rules))
-        return agent.changed(self._fields({**DEFAULTS, **merged}, agent.org_id, agent.id), by=by, at=at)
+        signing = _replaced(self.signing_secrets(agent), merged.get(SIGNING_SECRET), at)
+        return agent.changed(self._fields({**DEFAULTS, **merged}, signing, agent.org_id, agent.id), by=by, at=at)
+
+    def opened(self, agent: ExternalAgent) -> Opened:
+        """
+        Raises:
+            SecretUnreadable: An envelope cannot be opened.
+        """
+        return Opened(credentials=self.credentials(agent), signing=self.signing_secrets(agent))
 
     def credentials(self, agent: ExternalAgent) -> Credentials:
         """
@@ -89,25 +115,56 @@ class Registrar:
         config = join_secrets(agent.auth_config, secrets, "auth_config")
         return self._catalog.auth_schemes[agent.auth_type].credentials(config)
 
-    def _fields(self, document: Document, org_id: str, agent_id: UUID) -> dict[str, JsonValue]:
+    def signing_secrets(self, agent: ExternalAgent) -> SigningSecrets | None:
+        """
+        What requests to the agent are signed with.
+
+        Raises:
+            SecretUnreadable: An envelope cannot be opened.
+        """
+        secrets = self._opened(agent, SIGNING_SECRET)
+        if SIGNING_SECRET not in secrets:
+            return None
+        previous = secrets.get(PREVIOUS_SIGNING_SECRET)
+        return SigningSecrets(secrets[SIGNING_SECRET], previous, agent.previous_signing_secret_until)
+
+    def resealed(self, agent: ExternalAgent, path: str) -> bytes:
+        """
+        The secret at a path in a new envelope.
+
+        Raises:
+            SecretUnreadable: Its envelope cannot be opened.
+        """
+        try:
+            context = self._contexts(self._bound_fields(agent), agent.org_id, agent.id)(path)
+        except (KeyError, TypeError, ValueError):
+            raise SecretUnreadable("Its auth type or platform is not installed, or its row was altered.") from None
+        return self._secret_box.seal(self._secret_box.open(agent.sealed[path], context), context)
+
+    def _fields(
+        self, document: Document, signing: SigningSecrets | None, org_id: str, agent_id: UUID
+    ) -> dict[str, JsonValue]:
         scheme = self._catalog.auth_schemes[document["auth_type"]]
         platform = self._catalog.platforms[document["provider"]]
         auth_config, auth_secrets = split_secrets(document["auth_config"], scheme.secret_fields, "auth_config")
         platform_config, platform_secrets = split_secrets(
             document["platform_config"], platform.secret_fields, "platform_config"
         )
+        secrets = {**auth_secrets, **platform_secrets, **_signing_by_path(signing)}
         contexts = self._contexts(document, org_id, agent_id)
         return {
-            **document,
+            **{name: value for name, value in document.items() if name != SIGNING_SECRET},
             "auth_config": auth_config,
             "platform_config": platform_config,
+            "rate_limit_config": _with_whole_numbers(document["rate_limit_config"]),
+            "max_attempts": int(document["max_attempts"]),
             "tags": tuple(document["tags"]),
             "timeout_s": float(document["timeout_s"]),
             "status": AgentStatus(document["status"]),
             "sealed": {
-                path: self._secret_box.seal(dumps(value).encode(), contexts(path))
-                for path, value in {**auth_secrets, **platform_secrets}.items()
+                path: self._secret_box.seal(dumps(value).encode(), contexts(path)) for path, value in secrets.items()
             },
+            "previous_signing_secret_until": signing.previous_until if signing else None,
         }
 
     def _document(self, agent: ExternalAgent) -> dict[str, JsonValue]:
@@ -124,6 +181,7 @@ class Registrar:
             "tags": list(agent.tags),
             "timeout_s": agent.timeout_s,
             "max_attempts": agent.max_attempts,
+            "signing_secret": self._opened(agent, SIGNING_SECRET).get(SIGNING_SECRET),
             "status": agent.status.value,
         }
         for path in ("auth_config", "platform_config"):
@@ -131,18 +189,20 @@ class Registrar:
         return document
 
     def _opened(self, agent: ExternalAgent, config: str) -> dict[str, JsonValue]:
-        """The secrets of one of the configs by their paths."""
-        document = {
-            "provider": agent.provider,
-            "webhook_url": agent.webhook_url,
-            "auth_type": agent.auth_type,
-            "auth_config": agent.auth_config,
-        }
-        contexts = self._contexts(document, agent.org_id, agent.id)
+        """The secrets of one of the configs, or those for signing, by their paths."""
+        contexts = self._contexts(self._bound_fields(agent), agent.org_id, agent.id)
         return {
             path: decode(self._secret_box.open(envelope, contexts(path)))
             for path, envelope in agent.sealed.items()
             if path.partition(".")[0] == config
+        }
+
+    def _bound_fields(self, agent: ExternalAgent) -> Document:
+        return {
+            "provider": agent.provider,
+            "webhook_url": agent.webhook_url,
+            "auth_type": agent.auth_type,
+            "auth_config": agent.auth_config,
         }
 
     def _contexts(self, document: Document, org_id: str, agent_id: UUID) -> _Contexts:
@@ -187,7 +247,12 @@ class Registrar:
 class _Contexts:
     def __init__(self, org_id: str, agent_id: str, auth_destination: str, platform_destination: str) -> None:
         self._org_id, self._agent_id = org_id, agent_id
-        self._destinations = {"auth_config": auth_destination, "platform_config": platform_destination}
+        # A signing secret goes nowhere, so it is bound to no origin.
+        self._destinations = {
+            "auth_config": auth_destination,
+            "platform_config": platform_destination,
+            SIGNING_SECRET: "",
+        }
 
     def __call__(self, path: str) -> SecretContext:
         return SecretContext(
@@ -196,6 +261,24 @@ class _Contexts:
             field=path,
             destination=self._destinations[path.partition(".")[0]],
         )
+
+
+def _signing_by_path(signing: SigningSecrets | None) -> dict[str, str]:
+    if signing is None:
+        return {}
+    previous = {} if signing.previous is None else {PREVIOUS_SIGNING_SECRET: signing.previous}
+    return {SIGNING_SECRET: signing.current, **previous}
+
+
+def _replaced(signing: SigningSecrets | None, secret: str | None, at: datetime) -> SigningSecrets | None:
+    if signing is not None:
+        return signing.replaced_by(secret, at)
+    return None if secret is None else SigningSecrets(secret)
+
+
+def _with_whole_numbers(config: JsonValue) -> JsonValue:
+    """Limits are integers, also where they were sent as 60.0."""
+    return None if config is None else {name: int(limit) for name, limit in config.items()}
 
 
 def _keeps_any(stored: JsonValue, given: JsonValue) -> bool:

@@ -102,7 +102,9 @@ class ExternalAgentService:
         self._access = AccessControl(policy, clock, self._witness)
         self._agents = VisibleAgents(agent_reader, self._access)
         self._registrar = Registrar(catalog, url_rules, secret_box)
-        self._known = KnownAgents(agent_reader, self._access, self._registrar.credentials, known_max=known_agents_max)
+        self._known = KnownAgents(
+            agent_reader, self._access, self._registrar.opened, clock=clock, known_max=known_agents_max
+        )
         self._tasks = TaskKeeper()
         self._pipeline = InvocationPipeline(
             ledger=ledger, transport=transport, clock=clock, ids=ids, witness=self._witness, tasks=self._tasks
@@ -444,7 +446,7 @@ class ExternalAgentService:
 
     def _assignment(self, principal: Principal, asked: InvocationRequest, known: KnownAgent) -> Assignment:
         request = asked.admission_of(known.agent, principal, self._ids.new_id())
-        return Assignment(principal=principal, agent=known.agent, credentials=known.credentials, request=request)
+        return Assignment(principal=principal, agent=known.agent, secrets=known.opened, request=request)
 
 
 def _require_version(agent: ExternalAgent, versions: Versions | None) -> None:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from external_agents.domain.errors import Unavailable
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -15,7 +17,8 @@ class SharedReads(Generic[K, V]):
     The reads that are under way, by what they read.
 
     Each runs in the task of whoever began it, so that there is nothing to close. When that one goes away, or fails,
-    those who joined are told that there is nothing to be had, and read for themselves.
+    those who joined are told that there is nothing to be had, and read for themselves; but not when the store could
+    not be reached, for they have waited for it as long as anybody should.
     """
 
     def __init__(self) -> None:
@@ -25,7 +28,12 @@ class SharedReads(Generic[K, V]):
         return key in self._under_way
 
     async def join(self, key: K) -> V | None:
-        """What the read under way comes to; it may have begun before this call. None: there is none, or it failed."""
+        """
+        What the read under way comes to; it may have begun before this call. None: there is none, or it failed.
+
+        Raises:
+            Unavailable: The read under way has.
+        """
         shared = self._under_way.get(key)
         # Shielded: who goes away while waiting takes nothing from the others.
         return None if shared is None else await asyncio.shield(shared)
@@ -40,6 +48,11 @@ class SharedReads(Generic[K, V]):
         try:
             found = await read()
             return found
+        except Unavailable as outage:
+            shared.set_exception(outage)
+            shared.exception()  # Marks it as seen: perhaps nobody has joined.
+            raise
         finally:
             del self._under_way[key]
-            shared.set_result(found)
+            if not shared.done():
+                shared.set_result(found)

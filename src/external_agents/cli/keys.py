@@ -10,12 +10,13 @@ import typer
 
 from external_agents.cli.context import JsonOption, OrgOption, parse_id, with_installation
 from external_agents.cli.output import note, show_json, show_table
+from external_agents.cli.rewrap import rewrap
 from external_agents.domain.access import PERMISSIONS
 from external_agents.domain.errors import NotFound
 from external_agents.domain.json_values import JsonValue
 from external_agents.ports.identity import ApiKey
 
-app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
+app = typer.Typer(help="API keys: make, list, revoke. Secret keys: rewrap.", no_args_is_help=True)
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _DURATION = re.compile(r"(0*[1-9]\d{0,8})([smhd])", re.ASCII)
@@ -66,15 +67,16 @@ def list_keys(org: OrgOption, as_json: JsonOption = False) -> None:
     """
     The keys of an organisation, newest first, revoked and expired ones too. The keys themselves are not kept.
 
+    When a key was last used is known by the hour (UTC), some seconds after its first use in it.
+
     Example: external-agents keys list --org acme
     """
     keys = with_installation(lambda installation: installation.api_keys.list(org))
     if as_json:
-        items = [{"id": str(key.id), **_described(key), "revoked_at": _moment(key.revoked_at)} for key in keys]
-        show_json({"items": items})
+        show_json({"items": [_listed(key) for key in keys]})
         return
     show_table(
-        ("id", "subject", "permissions", "expires", "revoked"),
+        ("id", "subject", "permissions", "expires", "revoked", "used"),
         [
             (
                 str(key.id),
@@ -82,6 +84,7 @@ def list_keys(org: OrgOption, as_json: JsonOption = False) -> None:
                 " ".join(sorted(key.principal.permissions)),
                 _moment(key.expires_at) or "never",
                 _moment(key.revoked_at) or "",
+                _moment(key.last_used_at) or "",
             )
             for key in keys
         ],
@@ -101,6 +104,9 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", show_default=Fals
     note(f"API key {wanted} is revoked.")
 
 
+app.command("rewrap")(rewrap)
+
+
 def _described(key: ApiKey) -> dict[str, JsonValue]:
     return {
         "org_id": key.principal.org_id,
@@ -109,6 +115,11 @@ def _described(key: ApiKey) -> dict[str, JsonValue]:
         "attributes": dict(key.principal.attributes),
         "expires_at": _moment(key.expires_at),
     }
+
+
+def _listed(key: ApiKey) -> dict[str, JsonValue]:
+    moments = {"revoked_at": _moment(key.revoked_at), "last_used_at": _moment(key.last_used_at)}
+    return {"id": str(key.id), **_described(key), **moments}
 
 
 def _moment(moment: datetime | None) -> str | None:

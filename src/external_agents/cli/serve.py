@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from typing import Annotated
 
 import typer
@@ -11,11 +12,18 @@ import typer
 from external_agents.adapters.abac import CedarPolicies
 from external_agents.adapters.postgres.schema import migrate, pending, role_fault
 from external_agents.adapters.telemetry import configure_logging
-from external_agents.bootstrap import discover_catalog, home_folder, load_key_ring, redis_connection, require_role
+from external_agents.bootstrap import (
+    discover_catalog,
+    home_folder,
+    load_key_ring,
+    metrics_listener,
+    redis_connection,
+    require_role,
+)
 from external_agents.cli.dev import dev_key, first_steps
 from external_agents.domain.errors import ConfigurationError
 from external_agents.settings import Settings, variable_of
-from external_agents.supervisor import Serving, supervise
+from external_agents.supervisor import Serving, supervise, url_of
 
 
 def serve(
@@ -44,6 +52,11 @@ def serve(
     discover_catalog()
     if settings.redis_url is not None:
         redis_connection(settings.redis_url)
+    with metrics_listener(settings) as listener:
+        return _serve(settings, Serving(host=host, port=port, workers=workers or os.cpu_count() or 1), listener, dev)
+
+
+def _serve(settings: Settings, serving: Serving, metrics: socket.socket | None, dev: bool) -> int:
     key: list[str] = []
 
     def before_serving(database_url: str) -> None:
@@ -60,19 +73,21 @@ def serve(
 
     def on_ready(address: str) -> None:
         print(f"external-agents serves {address}\n  documentation  {address}/docs")
+        if metrics is not None:
+            print(f"  metrics        {url_of(metrics)}/metrics")
         print("  an API key     external-agents keys create --org ORG --subject NAME")
         print("Ctrl-C stops it; running invocations finish first.")
         if dev:
             print(first_steps(address, key[0]))
         print(end="", flush=True)
 
-    serving = Serving(host=host, port=port, workers=workers or os.cpu_count() or 1)
     return supervise(
         home=home_folder(settings) if settings.database_url is None else None,
         database_url=settings.database_url,
         serving=serving,
         before_serving=before_serving,
         on_ready=on_ready,
+        metrics_listener=metrics,
     )
 
 

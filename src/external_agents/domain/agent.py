@@ -14,6 +14,7 @@ from external_agents.domain.budget import BUDGET_CONFIG_SCHEMA, BudgetConfig
 from external_agents.domain.errors import IllegalTransition
 from external_agents.domain.json_values import JsonValue
 from external_agents.domain.rate_limit import RATE_LIMIT_CONFIG_SCHEMA, Limits, limits_of
+from external_agents.domain.signing import PREVIOUS_SIGNING_SECRET, SIGNING_SECRET_SCHEMA
 
 
 class AgentStatus(enum.StrEnum):
@@ -41,6 +42,7 @@ DEFAULTS: Mapping[str, JsonValue] = {
     "tags": [],
     "timeout_s": TIMEOUT_MAX_S,
     "max_attempts": ATTEMPTS_MAX,
+    "signing_secret": None,
     "status": AgentStatus.ACTIVE.value,
 }
 
@@ -73,6 +75,7 @@ AGENT_PROPERTIES: Mapping[str, JsonValue] = {
         "description": "What one attempt may take in total, in seconds.",
     },
     "max_attempts": {"type": "integer", "minimum": 1, "maximum": ATTEMPTS_MAX, "default": ATTEMPTS_MAX},
+    "signing_secret": SIGNING_SECRET_SCHEMA,
     "status": {"type": "string", "enum": ["active", "inactive"], "default": DEFAULTS["status"]},
 }
 """What a caller sets; the catalog narrows auth_type, provider and the two configs that depend on them."""
@@ -90,6 +93,8 @@ class ExternalAgent:
     Attributes:
         auth_config: The fields of auth_config that are no secrets; likewise platform_config.
         sealed: Envelopes of the secret fields by path (`auth_config.key`); only a SecretBox opens them.
+        previous_signing_secret_until: Up to when the signing secret before the present one is used as well, exclusive;
+            None: there is none.
         timeout_s: What one attempt may take in total, in seconds.
         version: Counts the changes, from 1.
     """
@@ -113,6 +118,7 @@ class ExternalAgent:
     updated_by: str
     created_at: datetime
     updated_at: datetime
+    previous_signing_secret_until: datetime | None = None
     version: int = 1
     sealed: Mapping[str, bytes] = attrs.field(factory=dict, repr=False)
 
@@ -144,4 +150,17 @@ class ExternalAgent:
 
     def deleted(self, *, by: str, at: datetime) -> ExternalAgent:
         """The same, marked as deleted; its record and its invocations stay."""
-        return self.changed({"status": AgentStatus.DELETED}, by=by, at=at)
+        fields = {"status": AgentStatus.DELETED, "previous_signing_secret_until": None}
+        return self.changed(fields, by=by, at=at)
+
+    def holds_expired(self, moment: datetime) -> bool:
+        """Whether the time of a secret that it holds is over."""
+        until = self.previous_signing_secret_until
+        return until is not None and until <= moment
+
+    def without_expired(self, moment: datetime) -> ExternalAgent:
+        """The same version, without the secret whose time is over."""
+        if not self.holds_expired(moment):
+            return self
+        sealed = {path: envelope for path, envelope in self.sealed.items() if path != PREVIOUS_SIGNING_SECRET}
+        return attrs.evolve(self, sealed=sealed, previous_signing_secret_until=None)

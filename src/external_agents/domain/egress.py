@@ -43,7 +43,11 @@ _HOST_NAME = re.compile(
     r"(?=.{1,253}\Z)[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?)*"
 )
 _NUMERIC_LABEL = re.compile(r"\d+|0x[0-9a-f]*")
-_FORBIDDEN_IN_URL = re.compile(r"[\x00-\x20\x7f-\xa0\u2000-\u200f\u2028-\u202f\u3000\\]")
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]*\]|[^\[\]:]*)(?::[0-9]*)?")
+"""Anything else means one host to one parser, and another to the next."""
+_FORBIDDEN_IN_URL = re.compile(
+    r"[\x00-\x20\x7f-\xa0\xad\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff\ufff9-\ufffb\\]"
+)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -89,7 +93,9 @@ class EgressPolicy:
     def allows(self, address: Address) -> bool:
         """Whether the operator has named this address."""
         plain = _unmapped(address)
-        return any(plain in network for network in self.allow if network.version == plain.version)
+        return not _has_zone(address) and any(
+            plain in network for network in self.allow if network.version == plain.version
+        )
 
     def localhost(self) -> tuple[Address, ...]:
         """What the name `localhost` stands for here: the loopback addresses that the operator has named."""
@@ -116,6 +122,8 @@ class EgressPolicy:
             yield "must name a host"
         if "@" in parts.netloc:
             yield "must not contain user info"
+        elif _AUTHORITY.fullmatch(parts.netloc) is None:
+            yield "must name a valid host"
         if "#" in url:
             yield "must not have a fragment"
         if port == 0:
@@ -153,10 +161,12 @@ class Destination:
 
 def is_public(address: Address) -> bool:
     """Whether the address is globally reachable unicast; forms that carry an IPv4 address are judged by it."""
+    if _has_zone(address):
+        return False
     plain = _unmapped(address)
     if isinstance(plain, IPv4Address):
         return not any(plain in network for network in _NOT_PUBLIC_V4)
-    return plain.scope_id is None and plain in _PUBLIC_V6 and not any(plain in network for network in _NOT_PUBLIC_V6)
+    return plain in _PUBLIC_V6 and not any(plain in network for network in _NOT_PUBLIC_V6)
 
 
 def literal_address(host: str) -> Address | None:
@@ -165,7 +175,7 @@ def literal_address(host: str) -> Address | None:
         address = ip_address(host)
     except ValueError:
         return None
-    return None if isinstance(address, IPv6Address) and address.scope_id else address
+    return None if _has_zone(address) else address
 
 
 def host_name(host: str) -> str | None:
@@ -182,6 +192,10 @@ def host_name(host: str) -> str | None:
 def _is_public_name(host: str) -> bool:
     name = host_name(host)
     return name is not None and "." in name and not name.endswith(_LOCAL_SUFFIXES)
+
+
+def _has_zone(address: Address) -> bool:
+    return isinstance(address, IPv6Address) and address.scope_id is not None
 
 
 def _unmapped(address: Address) -> Address:

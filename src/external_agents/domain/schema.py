@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from itertools import islice
 from typing import Any, NoReturn, TypeAlias
 
@@ -46,7 +47,7 @@ class Schema:
     def faults(self, value: JsonValue, path: str = "") -> list[Fault]:
         """Every fault of `value`, with paths that begin with `path`."""
         try:
-            self._validate(value)
+            self._validate(_with_integers(value, self.definition))
         except fastjsonschema.JsonSchemaValuesException as failure:
             found = (fault for error in failure.errors for fault in _translate(error, path))
             return sorted(set(islice(found, FAULTS_MAX)))
@@ -59,6 +60,23 @@ class Schema:
         """
         if faults := self.faults(value, path):
             raise ValidationError(faults)
+
+
+def _with_integers(value: JsonValue, definition: JsonSchema | bool) -> JsonValue:
+    """For JSON Schema 1.0 and 1e2 are integers, too; for the compiler a Decimal is none."""
+    if isinstance(definition, bool):
+        return value
+    if isinstance(value, Mapping):
+        properties = definition.get("properties", {})
+        return {name: _with_integers(item, properties.get(name, {})) for name, item in value.items()}
+    if isinstance(value, Decimal) and _may_be_integer(definition) and value == value.to_integral_value():
+        return int(value)
+    return value
+
+
+def _may_be_integer(definition: JsonSchema) -> bool:
+    kinds = (definition, *definition.get("anyOf", ()))
+    return any(isinstance(kind, Mapping) and "integer" in kind.get("type", ()) for kind in kinds)
 
 
 class _NoHandlers(dict[str, Any]):

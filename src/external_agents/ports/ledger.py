@@ -155,6 +155,15 @@ class InvocationLedger(Protocol):
         ...
 
     @abstractmethod
+    def holds_lease(self) -> bool:
+        """
+        Whether nobody can have taken this instance for dead: ask right before something is sent to an agent.
+
+        Known from its own heartbeats, without a look into the store.
+        """
+        ...
+
+    @abstractmethod
     async def recover(self) -> int:
         """
         End as `unknown`, charged, what instances left running whose lease has run out; call it every HEARTBEAT_S.

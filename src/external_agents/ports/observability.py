@@ -86,13 +86,27 @@ class BatchRecord:
     duration_s: float
 
 
-Record: TypeAlias = DecisionRecord | AdmissionRecord | InvocationRecord | BatchRecord
+@attrs.frozen(kw_only=True)
+class RecoveryRecord:
+    """
+    What recovery ended as `unknown` for processes that are gone: charged, and told of by no `InvocationRecord`.
+
+    Attributes:
+        interrupted: How many invocations.
+    """
+
+    at: datetime
+    interrupted: int
+
+
+Record: TypeAlias = DecisionRecord | AdmissionRecord | InvocationRecord | BatchRecord | RecoveryRecord
 
 
 class ObservabilityManager(Protocol):
     """
-    One callable that takes one frozen record per decision, per admission, per invocation that ended or was refused, and
-    per batch of the ledger's. Other kinds of record may come with later versions: leave alone what you do not know.
+    One callable that takes one frozen record per decision, per admission, per invocation that ended or was refused, per
+    batch of the ledger's, and per recovery that ended something. Other kinds of record may come with later versions:
+    leave alone what you do not know.
 
     It is called on the event loop, after the fact is durable: it returns at once and queues what takes longer. What it
     raises is logged and changes nothing.

@@ -91,6 +91,31 @@ class ApiKeyStoreContract:
         assert list(await api_keys.find(key.id)) == [attrs.evolve(key, revoked_at=CREATED)]
         assert list(await api_keys.find(other.id)) == [other]
 
+    async def test_the_first_use_of_an_hour_is_noted(self, api_keys: ApiKeyStore) -> None:
+        key, other = make_key(new_org()), make_key(new_org())
+        for one in (key, other):
+            await api_keys.add(one)
+        for used_at, noted_at in (
+            (CREATED, CREATED),
+            (CREATED + timedelta(minutes=59, seconds=59), CREATED),
+            (CREATED + timedelta(minutes=60), CREATED + timedelta(minutes=60)),
+            (CREATED, CREATED + timedelta(minutes=60)),
+        ):
+            await api_keys.note_uses({new_id(): used_at, key.id: used_at})
+            [found] = await api_keys.find(key.id)
+            assert found.last_used_at == noted_at
+            assert [one.last_used_at for one in await api_keys.list(key.principal.org_id)] == [noted_at]
+        [found] = await api_keys.find(other.id)
+        assert found.last_used_at is None
+        await api_keys.note_uses({})
+
+    async def test_a_use_changes_nothing_else_of_a_key(self, api_keys: ApiKeyStore) -> None:
+        key = make_key(new_org(), expires_at=CREATED + timedelta(days=1))
+        await api_keys.add(key)
+        await api_keys.revoke(key.id, CREATED)
+        await api_keys.note_uses({key.id: CREATED})
+        assert list(await api_keys.find(key.id)) == [attrs.evolve(key, revoked_at=CREATED)]
+
     async def test_revoking_an_unknown_key(self, api_keys: ApiKeyStore) -> None:
         assert not await api_keys.revoke(new_id(), CREATED)
 

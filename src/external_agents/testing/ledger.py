@@ -546,6 +546,11 @@ class LedgerContract:
             with pytest.raises(AgentNotFound):
                 await ledger.forecast(org_id, agent_id)
 
+    async def test_who_has_just_been_heard_of_holds_its_lease(self, store: Store) -> None:
+        ledger = await store.new_ledger()
+        await ledger.heartbeat()
+        assert ledger.holds_lease()
+
     async def test_recovery_leaves_living_instances_alone(self, store: Store) -> None:
         agent = await stored_agent(store)
         ledger, other = await store.new_ledger(), await store.new_ledger()

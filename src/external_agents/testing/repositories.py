@@ -76,6 +76,7 @@ class AgentRepositoryContract:
             max_attempts=1,
             status=AgentStatus.INACTIVE,
             sealed={"auth_config.client_secret": b"\x00\xff", "platform_config.bot_token": b"\x01"},
+            previous_signing_secret_until=datetime(2026, 3, 11, 12, 0, 0, 123456, tzinfo=UTC),
         )
         await store.agent_writer.create(agent)
         assert await store.agent_reader.read(agent.org_id, agent.id) == agent
@@ -232,6 +233,7 @@ class AgentRepositoryContract:
             max_attempts=2,
             status=AgentStatus.INACTIVE,
             sealed={"auth_config.other": b"new"},
+            previous_signing_secret_until=NOON,
         )
         await store.agent_writer.update(changed)
         assert await store.agent_reader.read(agent.org_id, agent.id) == changed
@@ -265,12 +267,16 @@ class AgentRepositoryContract:
 
     async def test_a_deletion_forgets_the_secrets(self, store: Store) -> None:
         agent = make_agent(
-            auth_type="api_key", auth_config={"header_name": "X-Key"}, sealed={"auth_config.key": b"sealed"}
+            auth_type="api_key",
+            auth_config={"header_name": "X-Key"},
+            sealed={"auth_config.key": b"sealed", "signing_secret": b"sealed", "signing_secret.previous": b"sealed"},
+            previous_signing_secret_until=NOON,
         )
         await store.agent_writer.create(agent)
         await store.agent_writer.delete(agent.deleted(by="tester", at=NOON))
         read = await store.agent_reader.read(agent.org_id, agent.id)
         assert read.sealed == {}
+        assert read.previous_signing_secret_until is None
         assert read.auth_config == {"header_name": "X-Key"}
 
     async def test_a_deletion_keeps_the_invocations(self, store: Store) -> None:

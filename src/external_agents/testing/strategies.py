@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import string
 from decimal import Decimal
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from external_agents.domain.http_fields import tenant_may_set
 from external_agents.domain.json_values import JsonValue
+from external_agents.domain.signing import KEY_BYTES_MAX, KEY_BYTES_MIN, PREFIX
 
 _TOKEN_CHARACTERS = string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~"
 _VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
@@ -140,6 +142,12 @@ def budget_configs() -> SearchStrategy[dict[str, Any]]:
     )
 
 
+def signing_secrets() -> SearchStrategy[str]:
+    return st.binary(min_size=KEY_BYTES_MIN, max_size=KEY_BYTES_MAX).map(
+        lambda key: PREFIX + base64.b64encode(key).decode("ascii")
+    )
+
+
 @st.composite
 def agent_documents(draw: st.DrawFn) -> dict[str, Any]:
     """Whole agents as their owners describe them, of every provider and auth type, secrets included."""
@@ -165,6 +173,7 @@ def agent_documents(draw: st.DrawFn) -> dict[str, Any]:
                 "tags": st.lists(texts(1, 10), max_size=5),
                 "timeout_s": st.integers(1, 30) | st.decimals(1, 30, places=3),
                 "max_attempts": st.integers(1, 3),
+                "signing_secret": st.none() | signing_secrets(),
                 "status": st.sampled_from(["active", "inactive"]),
             },
         )

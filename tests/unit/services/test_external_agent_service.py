@@ -7,6 +7,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from external_agents import (
     AgentNotFound,
@@ -25,6 +27,7 @@ from external_agents import (
 )
 from external_agents.adapters.memory import MemoryStore, memory_service
 from external_agents.domain.auth import ClientCredentials, FixedHeaders
+from external_agents.domain.http_fields import tenant_may_set
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.json_values import decode
 from external_agents.testing.builders import ALL_PERMISSIONS, costing, new_id
@@ -172,7 +175,22 @@ class TestValidateAuthConfig:
             service.validate_auth_config("custom", {"headers": {name: "v", "X-Fine": "v"}})
         assert list(faults_of(raised)) == [f"headers.{name}"]
 
-    @pytest.mark.parametrize("name", ["", "two words", "X:Y", "X\r\nY", "Ünï", "X\0"])
+    @given(
+        name=st.sampled_from(
+            "host connection content- content-type transfer-encoding te trailer upgrade expect accept-encoding cookie"
+            " forwarded x-forwarded- x-forwarded-host proxy- proxy-connection idempotency-key traceparent webhook-"
+            " webhook-timestamp".split()
+        ),
+        capitals=st.integers(0),
+    )
+    def test_nor_in_any_case(self, name: str, capitals: int) -> None:
+        spelt = "".join(char.upper() if capitals >> place & 1 else char for place, char in enumerate(name))
+        assert not tenant_may_set(spelt)
+        assert tenant_may_set(f"X-{spelt}")
+
+    @pytest.mark.parametrize(
+        "name", ["", "two words", "X:Y", "X\r\nY", "Ünï", "X\0", "Ho\u017ft", "\u212aey", "X\n", " X", "X\t"]
+    )
     def test_header_names_are_tokens(self, service: ExternalAgentService, name: str) -> None:
         with pytest.raises(ValidationError):
             service.validate_auth_config("api_key", {"key": "k", "header_name": name})

@@ -33,6 +33,7 @@ from external_agents import (
 from external_agents.adapters.memory import FunctionTransport, MemoryLedger, MemoryStore, memory_service
 from external_agents.application.access import Witness
 from external_agents.application.invocation import SETTLE_PATIENCE_S, Assignment, InvocationPipeline, TaskKeeper
+from external_agents.application.registration import Opened
 from external_agents.application.upkeep import keep_up
 from external_agents.domain.auth import FixedHeaders
 from external_agents.domain.budget import BudgetAccount
@@ -40,7 +41,8 @@ from external_agents.domain.errors import AdmissionInDoubt
 from external_agents.domain.ids import created_at_of
 from external_agents.domain.rate_limit import RateQuotas
 from external_agents.domain.refusals import IdempotencyKeyInFlight, IdempotencyKeyReused
-from external_agents.ports.ledger import HEARTBEAT_S, Admission, AdmissionRequest
+from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest
+from external_agents.ports.observability import Record, RecoveryRecord
 from external_agents.ports.transport import AgentRequest
 from external_agents.testing.builders import (
     ALL_PERMISSIONS,
@@ -131,7 +133,8 @@ class World:
 
     def assignment(self, agent: ExternalAgent) -> Assignment:
         request = make_request(agent, invocation_id=self.ids.new_id())
-        return Assignment(principal=ALICE, agent=agent, credentials=FixedHeaders({}), request=request)
+        secrets = Opened(credentials=FixedHeaders({}), signing=None)
+        return Assignment(principal=ALICE, agent=agent, secrets=secrets, request=request)
 
     async def account(self, agent: ExternalAgent) -> BudgetAccount:
         return (await self.ledger.forecast(agent.org_id, agent.id)).account
@@ -313,6 +316,45 @@ class TestAttempts:
 
 
 RESERVED = {"max_cost_per_invocation": "0.1", "max_monthly_cost": "10"}
+
+
+class TestLease:
+    """Others end what a process left that was not heard of for so long; they must not be made liars."""
+
+    async def test_nothing_is_sent_once_it_has_run_out(self, world: World) -> None:
+        agent = await world.agent()
+        await world.ledger.heartbeat()
+
+        async def stand_still() -> None:
+            world.clock.advance(LEASE_S)
+
+        world.ledger.after_admit = stand_still
+        invocation = await world.invoked(agent)
+        assert (invocation.status, invocation.error_code) == (InvocationStatus.UNKNOWN, ErrorCode.INTERRUPTED)
+        assert world.transport.requests == []
+
+    async def test_nothing_is_sent_again_once_it_has_run_out(self, world: World) -> None:
+        agent = await world.agent()
+        await world.ledger.heartbeat()
+
+        async def stand_still(_: AgentRequest) -> Outcome:
+            world.clock.advance(LEASE_S)
+            return refused(503)
+
+        invocation = await world.invoked(agent, stand_still)
+        assert (invocation.status, invocation.response_status) == (InvocationStatus.FAILED, 503)
+        assert len(world.transport.requests) == 1
+
+    async def test_a_heartbeat_renews_it(self, world: World) -> None:
+        agent = await world.agent()
+        await world.ledger.heartbeat()
+
+        async def be_slow(_: AgentRequest) -> Outcome:
+            world.clock.advance(LEASE_S)
+            await world.ledger.heartbeat()
+            return refused(503)
+
+        assert (await world.invoked(agent, be_slow)).status is InvocationStatus.SUCCEEDED
 
 
 class TestCharges:
@@ -728,10 +770,14 @@ class TestUpkeep:
                     ended.set()
                 await asyncio.sleep(0)
 
-        upkeep = asyncio.create_task(keep_up(survivor, Watching()))
+        told: list[Record] = []
+        upkeep = asyncio.create_task(keep_up(survivor, Watching(), observe=told.append))
         async with asyncio.timeout(10):
             await ended.wait()
         upkeep.cancel()
+        [recovery] = told
+        assert isinstance(recovery, RecoveryRecord)
+        assert recovery.interrupted == 1
         assert world.store.invocations_of(agent.org_id)[left.id].status is InvocationStatus.UNKNOWN
         assert world.clock.monotonic_s() <= 60
 

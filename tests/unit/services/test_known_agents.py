@@ -20,11 +20,24 @@ from external_agents.adapters.memory import (
 )
 from external_agents.application.access import AccessControl, Witness
 from external_agents.application.known_agents import KnownAgents
+from external_agents.application.registration import Opened
 from external_agents.domain.auth import FixedHeaders
 from external_agents.domain.egress import EgressPolicy
 from external_agents.ports.secrets import SecretContext
 from external_agents.testing.fakes import FakeClock, RecordingObservability, ScriptedTransport, SequentialIds
-from two_services import ALICE, CLOSED, DOCUMENT, ChangesHoldElsewhere, CountingReader, Side, Sides, TagPolicy, token_of
+from two_services import (
+    ALICE,
+    CLOSED,
+    DOCUMENT,
+    SECRETS,
+    ChangesHoldElsewhere,
+    CountingReader,
+    Side,
+    Sides,
+    TagPolicy,
+    signed_with,
+    token_of,
+)
 
 
 class CountingBox(MemorySecretBox):
@@ -91,6 +104,20 @@ async def test_credentials_are_opened_once_for_each_version(house: House) -> Non
     assert house.box.opened == opened + 1
 
 
+async def test_a_secret_whose_time_is_over_is_forgotten(house: House) -> None:
+    """Where the agent is known; it has not changed."""
+    side = house.side()
+    agent = await side.service.create_agent(ALICE, {**DOCUMENT, "signing_secret": SECRETS[0]})
+    await side.service.update_agent(ALICE, agent.id, {"signing_secret": SECRETS[1]})
+    known: list[tuple[int, int]] = []
+    for hours in (0, 23, 1, 1, 100):
+        house.clock.advance(hours * 3600)
+        reads, opened = side.reader.reads, house.box.opened
+        assert signed_with(await side.told(agent), *SECRETS) == [1, 0][: 2 if len(known) < 2 else 1]
+        known.append((side.reader.reads - reads, house.box.opened - opened))
+    assert known == [(1, 3), (0, 0), (1, 2), (0, 0), (0, 0)], "read and opened once more, without the old one"
+
+
 async def test_what_was_not_found_is_looked_for_each_time(house: House) -> None:
     here, there = house.side(), house.side()
     agent = await here.service.create_agent(ALICE, DOCUMENT)
@@ -104,7 +131,8 @@ async def test_what_was_not_found_is_looked_for_each_time(house: House) -> None:
 async def test_so_many_are_known_and_no_more(house: House) -> None:
     reader = CountingReader(MemoryAgentReader(house.store))
     access = AccessControl(house.policy, house.clock, Witness(RecordingObservability()))
-    known = KnownAgents(reader, access, lambda agent: FixedHeaders({}), known_max=3)
+    opened = Opened(credentials=FixedHeaders({}), signing=None)
+    known = KnownAgents(reader, access, lambda agent: opened, clock=house.clock, known_max=3)
     agents = [await house.side().service.create_agent(ALICE, DOCUMENT) for _ in range(4)]
 
     async def reads_after(*numbers: int) -> int:
@@ -171,6 +199,9 @@ CHANGES: list[Change] = [
     {"budget_config": {"max_cost_per_invocation": 1, "max_monthly_cost": 2}},
     {"budget_config": None},
     {"platform_config": {"text": "x" * 20_000}},
+    {"signing_secret": SECRETS[0]},
+    {"signing_secret": SECRETS[1]},
+    {"signing_secret": None},
     {},
 ]
 steps = st.one_of(
@@ -178,6 +209,7 @@ steps = st.one_of(
     st.tuples(st.just("invoke"), st.integers(0, 1), st.integers(0, 1), st.none()),
     st.tuples(st.just("delete"), st.integers(0, 1), st.just(1), st.none()),
     st.tuples(st.just("wait"), st.just(0), st.just(0), st.none()),
+    st.tuples(st.just("wait for hours"), st.just(0), st.just(0), st.none()),
 )
 
 
@@ -213,7 +245,11 @@ async def _step(house: House, side: Side, kind: str, agent: ExternalAgent, chang
             return await side.service.delete_agent(ALICE, agent.id)
         if kind == "wait":
             return house.clock.advance(61)
+        if kind == "wait for hours":
+            return house.clock.advance(12.5 * 3600)
         request = await side.told(agent)
-        return request if isinstance(request, str) else (request.url, token_of(request))
+        if isinstance(request, str):
+            return request
+        return request.url, token_of(request), signed_with(request, *SECRETS)
     except ExternalAgentsError as refusal:
         return type(refusal).__name__

@@ -7,15 +7,18 @@ import hmac
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol
 from uuid import UUID
 
 from external_agents.adapters.identity.known_keys import KEPT_MAX, KnownKey, KnownKeys
+from external_agents.adapters.identity.last_uses import LastUses
 from external_agents.adapters.identity.tokens import ApiKeyToken
 from external_agents.domain.access import PERMISSIONS, Principal
-from external_agents.domain.errors import Fault, Unauthenticated, Unavailable, ValidationError
-from external_agents.ports.identity import ApiKey, ApiKeyStore, Authenticator
+from external_agents.domain.errors import Fault, SecretUnreadable, Unauthenticated, Unavailable, ValidationError
+from external_agents.ports.identity import ApiKey, ApiKeyStore, Authenticator, hash_key_context
+from external_agents.ports.secrets import SecretBox
 from external_agents.ports.system import Clock, IdSource
 
 ATTRIBUTES_MAX = 50
@@ -42,24 +45,46 @@ class HashKeys(Protocol):
 class _Hasher:
     """HMAC-SHA256 over the whole key. It has 256 random bits, so a slow password hash would protect nothing more."""
 
-    def __init__(self, key_ring: HashKeys) -> None:
+    def __init__(self, key_ring: HashKeys, secret_box: SecretBox | None = None) -> None:
         self._keys = key_ring.api_key_hash_keys
+        self._secret_box = secret_box
         self.first_id = next(iter(self._keys))
 
-    def __contains__(self, hash_key_id: str) -> bool:
-        return hash_key_id in self._keys
+    def new_hash(self, token: ApiKeyToken) -> bytes:
+        return hmac.digest(self._keys[self.first_id], token.text.encode("ascii"), "sha256")
 
-    def hash(self, token: ApiKeyToken, hash_key_id: str) -> bytes:
-        return hmac.digest(self._keys[hash_key_id], token.text.encode("ascii"), "sha256")
+    def matches(self, token: ApiKeyToken, key: ApiKey | None) -> bool:
+        """Takes the same steps whether there is such a key or not."""
+        hash_key = self._hash_key(key) if key else None
+        presented = hmac.digest(hash_key or self._keys[self.first_id], token.text.encode("ascii"), "sha256")
+        is_equal = hmac.compare_digest(presented, key.secret_hash if key else _NO_HASH)
+        return is_equal and hash_key is not None
+
+    def _hash_key(self, key: ApiKey) -> bytes | None:
+        if key.hash_key_id in self._keys:
+            return self._keys[key.hash_key_id]
+        if key.sealed_hash_key is not None and self._secret_box is not None:
+            with suppress(SecretUnreadable):
+                return self._secret_box.open(key.sealed_hash_key, hash_key_context(key.hash_key_id))
+        _log.warning("API key %s was made with the secret key %s, which is not configured", key.id, key.hash_key_id)
+        return None
 
 
 class ApiKeyAuthenticator(Authenticator):
-    """Recognises API keys; what the store takes back is refused within 2 s. It has nothing to close."""
+    """
+    Recognises API keys; what the store takes back is refused within 2 s. It has nothing to close.
 
-    def __init__(self, *, store: ApiKeyStore, key_ring: HashKeys, clock: Clock) -> None:
+    Args:
+        secret_box: Opens what API keys were hashed with under secret keys that are no longer in the ring.
+    """
+
+    def __init__(
+        self, *, store: ApiKeyStore, key_ring: HashKeys, clock: Clock, secret_box: SecretBox | None = None
+    ) -> None:
         self._known = KnownKeys(store, clock)
-        self._hasher = _Hasher(key_ring)
+        self._hasher = _Hasher(key_ring, secret_box)
         self._clock = clock
+        self._uses = LastUses(store, clock)
         # By the digest of the whole token: who presents the same again has proved that it knows the secret.
         self._proved: OrderedDict[bytes, ApiKey] = OrderedDict()
 
@@ -67,12 +92,23 @@ class ApiKeyAuthenticator(Authenticator):
         proof = hashlib.sha256(bearer_token.encode("utf-8", "surrogatepass")).digest()
         proved = self._proved.get(proof)
         if proved is not None and self._holds(proved):
+            self._uses.note(proved.id)
             return proved.principal
         key = await self._recognise(bearer_token)
+        self._uses.note(key.id)
         self._proved[proof] = key
         if len(self._proved) > KEPT_MAX:
             self._proved.popitem(last=False)
         return key.principal
+
+    async def tell_last_uses(self) -> None:
+        """
+        Let the store know when keys were last used; to be called from the background, every few seconds.
+
+        Raises:
+            Unavailable: It cannot be reached; the next call tells it.
+        """
+        await self._uses.tell()
 
     def _holds(self, proved: ApiKey) -> bool:
         """Whether it is still what is known of the key, and need not be read again."""
@@ -84,7 +120,8 @@ class ApiKeyAuthenticator(Authenticator):
         if token is None:
             raise _refusal()
         known = self._known.get(token.key_id) or await self._known.join(token.key_id)
-        if known is not None and not self._opens(token, known.key):
+        # An unknown key takes the same steps as a known one, here and below.
+        if not self._opens(token, known.key if known else None):
             known = None  # A refusal comes from the store alone.
         if known is None or self._known.is_due(known):
             known = await self._read(token, known)
@@ -97,22 +134,13 @@ class ApiKeyAuthenticator(Authenticator):
             if fallback is None or not self._known.holds(fallback) or not self._in_force(fallback.key):
                 raise
             return fallback
-        if known is not None and known.key.hash_key_id not in self._hasher:
-            _log.warning(
-                "API key %s was made with the secret key %s, which is not configured",
-                known.key.id,
-                known.key.hash_key_id,
-            )
-        # An unknown key takes the same steps as a known one.
         if not self._opens(token, known.key if known else None) or known is None:
             raise _refusal()
         return self._known.keep(known)
 
     def _opens(self, token: ApiKeyToken, key: ApiKey | None) -> bool:
-        is_usable = key is not None and key.hash_key_id in self._hasher
-        presented = self._hasher.hash(token, key.hash_key_id if key and is_usable else self._hasher.first_id)
-        matches = hmac.compare_digest(presented, key.secret_hash if key else _NO_HASH)
-        return key is not None and is_usable and matches and self._in_force(key)
+        matches = self._hasher.matches(token, key)
+        return key is not None and matches and self._in_force(key)
 
     def _in_force(self, key: ApiKey) -> bool:
         return key.revoked_at is None and (key.expires_at is None or self._clock.now() < key.expires_at)
@@ -166,7 +194,7 @@ class ApiKeys:
             id=token.key_id,
             principal=Principal(org_id, subject, permissions, attributes),
             hash_key_id=self._hasher.first_id,
-            secret_hash=self._hasher.hash(token, self._hasher.first_id),
+            secret_hash=self._hasher.new_hash(token),
             created_at=now,
             expires_at=None if expires_in is None else now + expires_in,
         )

@@ -61,7 +61,12 @@ class KnownKeys:
         return known
 
     async def join(self, key_id: UUID) -> KnownKey | None:
-        """What a read that is under way finds, if it is found and holds."""
+        """
+        What a read that is under way finds, if it is found and holds.
+
+        Raises:
+            Unavailable: The store cannot be reached.
+        """
         known = await self._reads.join(key_id)
         return known if known is not None and self.holds(known) else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from uuid import UUID
 
@@ -12,7 +12,7 @@ import attrs
 
 from external_agents.domain.access import Principal
 from external_agents.domain.errors import Unauthenticated
-from external_agents.ports.identity import ApiKey, ApiKeyStore, Authenticator
+from external_agents.ports.identity import ApiKey, ApiKeyStore, Authenticator, hour_of
 
 
 class MemoryApiKeyStore(ApiKeyStore):
@@ -34,6 +34,12 @@ class MemoryApiKeyStore(ApiKeyStore):
         if key is not None and key.revoked_at is None:
             self._keys[key_id] = attrs.evolve(key, revoked_at=at)
         return key is not None
+
+    async def note_uses(self, uses: Mapping[UUID, datetime]) -> None:
+        for key_id, at in uses.items():
+            key = self._keys.get(key_id)
+            if key is not None and (key.last_used_at is None or key.last_used_at < hour_of(at)):
+                self._keys[key_id] = attrs.evolve(key, last_used_at=at)
 
 
 class MemoryAuthenticator(Authenticator):

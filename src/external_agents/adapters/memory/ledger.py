@@ -110,6 +110,11 @@ class MemoryLedger(InvocationLedger):
     async def heartbeat(self) -> None:
         self._store.heard_of_s[self._instance] = self._clock.monotonic_s()
 
+    def holds_lease(self) -> bool:
+        """Also before its first heartbeat: where nobody sends any, nobody recovers."""
+        now_s = self._clock.monotonic_s()
+        return now_s < self._store.heard_of_s.get(self._instance, now_s) + LEASE_S
+
     async def recover(self) -> int:
         earliest_s = self._clock.monotonic_s() - LEASE_S
         heard_of_s = self._store.heard_of_s

@@ -7,11 +7,10 @@ from typing import TypeAlias
 from uuid import UUID
 
 import attrs
-from sqlalchemy import ColumnElement, Select, delete, func, insert, select, true, update
+from sqlalchemy import ARRAY, ColumnElement, Select, Uuid, any_, delete, func, insert, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading, transaction
-from external_agents.adapters.postgres.row_security import reading_of
+from external_agents.adapters.postgres.engine import ANSWER_S, reading, reading_of, transaction
 from external_agents.adapters.postgres.rows import agent_of, agent_values, folded, windows_values
 from external_agents.adapters.postgres.tables import agents, rate_windows, secrets
 from external_agents.domain.agent import AgentStatus, ExternalAgent
@@ -81,7 +80,9 @@ class PostgresAgents(AgentReader, AgentWriter):
             return
         untouched = windows_values(RateWindows())
         windows = [{"org_id": agent.org_id, "agent_id": agent.id, **untouched} for agent in agents_]
-        async with transaction(self._engine, *{agent.org_id for agent in agents_}) as connection:
+        org_ids = {agent.org_id for agent in agents_}
+        within_s = ANSWER_S if len(agents_) == 1 else None
+        async with transaction(self._engine, *org_ids, within_s=within_s) as connection:
             await connection.execute(insert(agents), [agent_values(agent) for agent in agents_])
             await connection.execute(insert(rate_windows), windows)
             for agent in agents_:
@@ -93,7 +94,7 @@ class PostgresAgents(AgentReader, AgentWriter):
         )
         change = update(agents).where(*_is(agent.org_id, agent.id), agents.c.version == agent.version - 1)
         of_agent = (secrets.c.org_id == agent.org_id, secrets.c.agent_id == agent.id)
-        async with transaction(self._engine, agent.org_id) as connection:
+        async with transaction(self._engine, agent.org_id, within_s=ANSWER_S) as connection:
             # Admissions go through the same lock, one by one and first come, first served: what they read of the
             # agent holds until they commit, and a busy agent cannot keep its owner from changing it.
             await connection.execute(gate.with_for_update())
@@ -125,6 +126,15 @@ class PostgresAgents(AgentReader, AgentWriter):
     async def _select(self, org_id: str, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgent]:
         async with reading_of(self._reading, org_id) as connection:
             return [agent_of(row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def agents_with_ids(
+    connection: AsyncConnection, org_id: str, agent_ids: Sequence[UUID]
+) -> Sequence[ExternalAgent]:
+    """Those of these agents that there are, in any order, within the transaction of the connection."""
+    wanted = agents.c.id == any_(literal(list(agent_ids), ARRAY(Uuid)))
+    rows = await connection.execute(_WHOLE_AGENTS.where(agents.c.org_id == org_id, wanted))
+    return [agent_of(row) for row in rows.mappings()]
 
 
 def _is(org_id: str, agent_id: UUID) -> tuple[_Condition, _Condition]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,12 +13,16 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from external_agents.adapters.postgres.errors import translate_errors
-from external_agents.adapters.postgres.row_security import OPTION, confine
+from external_agents.adapters.postgres.driver import Connection
+from external_agents.adapters.postgres.errors import WHAT, translate_errors
+from external_agents.adapters.postgres.row_security import OPTION, confine, read_confined
+from external_agents.domain.errors import Unavailable
 
+ANSWER_S = 4.0
+"""What a caller waits for the database, from asking the pool for a connection on: 503 comes within 5 s."""
 POOL_SIZE = 10
-POOL_WAIT_S = 5.0
-CONNECT_TIMEOUT_S = 5
+POOL_WAIT_S = 3.0
+CONNECT_TIMEOUT_S = 4
 LOCK_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 15
 
@@ -68,7 +73,7 @@ def create_engine(
         pool_timeout=pool_wait_s,
         isolation_level="READ COMMITTED",
         hide_parameters=True,
-        connect_args=connect_args(parsed),
+        connect_args={**connect_args(parsed), "async_creator_fn": Connection.connect},
         execution_options={OPTION: row_security},
     )
     event.listen(engine.sync_engine, "checkout", _require_open)
@@ -81,18 +86,45 @@ def reading(engine: AsyncEngine) -> AsyncEngine:
 
 
 @asynccontextmanager
-async def transaction(engine: AsyncEngine, *org_ids: str) -> AsyncIterator[AsyncConnection]:
+async def connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """For what a caller waits for: all of it within ANSWER_S, or `Unavailable`. Raises as `translate_errors` does."""
+    async with _answered(ANSWER_S), engine.connect() as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def reading_of(engine: AsyncEngine, org_id: str) -> AsyncIterator[AsyncConnection]:
+    """As `connected`, of an engine of `reading`, for statements about one organisation; see `read_confined`."""
+    async with connected(engine) as connection, read_confined(connection, org_id):
+        yield connection
+
+
+@asynccontextmanager
+async def transaction(
+    engine: AsyncEngine, *org_ids: str, within_s: float | None = None
+) -> AsyncIterator[AsyncConnection]:
     """
     Commits when the block ends well. Raises as `translate_errors` does.
 
     Args:
         org_ids: The organisations whose rows it reads or writes; with row security it sees no others.
+        within_s: After so long, from asking the pool for a connection on, it is `Unavailable`.
     """
+    async with _answered(within_s), engine.begin() as connection:
+        if org_ids:
+            await confine(connection, org_ids)
+        yield connection
+
+
+@asynccontextmanager
+async def _answered(within_s: float | None) -> AsyncIterator[None]:
+    """A server that stands still, or a network that swallows everything, raises nothing by itself."""
     with translate_errors():
-        async with engine.begin() as connection:
-            if org_ids:
-                await confine(connection, org_ids)
-            yield connection
+        try:
+            async with asyncio.timeout(within_s):
+                yield
+        except TimeoutError as error:
+            raise Unavailable(WHAT) from error
 
 
 def is_open(connection: Any) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import datetime, timedelta
+from math import inf
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading
-from external_agents.adapters.postgres.errors import translate_errors
+from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
 from external_agents.domain.errors import Unavailable
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S
 
@@ -79,7 +79,7 @@ class Instance:
         self._in_flight: set[UUID] = set()
         self._newest = UUID(int=0)
         self._stored_mark: UUID | None = None
-        self._beaten_at_s = 0.0
+        self._beaten_at_s = -inf
         self._unbroken = False
 
     async def enter(self, invocation_id: UUID) -> None:
@@ -103,17 +103,19 @@ class Instance:
         async with self._beating:
             await self._beat()
 
+    def holds_lease(self) -> bool:
+        return time.monotonic() < self._beaten_at_s + self.lease.total_seconds()
+
     def doubt_lease(self) -> None:
         """The next admission begins with a heartbeat."""
         self._stored_mark = None
 
     async def retire(self) -> None:
         """End for good. What is left running, recovery need not wait for."""
-        with translate_errors():
-            async with self._engine.begin() as connection:
-                await connection.execute(_LOCK, {"id": self.id})
-                await forget(connection, self.id)
-                await connection.execute(_GIVE_UP_LEASE, {"id": self.id})
+        async with transaction(self._engine, within_s=ANSWER_S) as connection:
+            await connection.execute(_LOCK, {"id": self.id})
+            await forget(connection, self.id)
+            await connection.execute(_GIVE_UP_LEASE, {"id": self.id})
 
     def _must_beat_for(self, invocation_id: UUID) -> bool:
         return (
@@ -127,11 +129,11 @@ class Instance:
         unbroken = self._unbroken
         # Whatever interrupts this, cancellation too, leaves it unknown which mark is stored.
         self._unbroken, self._stored_mark = False, None
+        began_s = time.monotonic()
         values = {"id": self.id, "lease": self.lease, "running_from": mark, "unbroken": unbroken}
-        with translate_errors():
-            async with self._single.connect() as connection:
-                await connection.execute(_BEAT, values)
-        self._unbroken, self._stored_mark, self._beaten_at_s = True, mark, time.monotonic()
+        async with connected(self._single) as connection:
+            await connection.execute(_BEAT, values)
+        self._unbroken, self._stored_mark, self._beaten_at_s = True, mark, began_s
 
 
 async def dead_instances(connection: AsyncConnection, judge: UUID, lease: timedelta) -> list[tuple[UUID, datetime]]:

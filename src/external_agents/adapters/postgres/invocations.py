@@ -8,8 +8,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from external_agents.adapters.postgres.engine import reading
-from external_agents.adapters.postgres.row_security import reading_of
+from external_agents.adapters.postgres.engine import reading, reading_of
 from external_agents.adapters.postgres.rows import invocation_of
 from external_agents.adapters.postgres.tables import invocations
 from external_agents.domain.errors import InvocationNotFound

@@ -16,6 +16,7 @@ from sqlalchemy.types import Text
 
 from external_agents.adapters.postgres.tables import (
     agents,
+    api_key_hash_keys,
     api_keys,
     budgets,
     idempotency_keys,
@@ -37,11 +38,14 @@ RIGHTS: dict[Table, str] = {
     idempotency_keys: _KEPT,
     instances: _KEPT,
     api_keys: _KEPT,
+    api_key_hash_keys: "SELECT",
 }
-"""What has ended is filed anew, so invocations are deleted, too."""
+"""What has ended is filed anew, so invocations are deleted, too. What is sealed anew, the owner seals."""
 
 FUNCTIONS = (
     "external_agents_api_keys",
+    "external_agents_note_uses",
+    "external_agents_needed_keys",
     "external_agents_running_organisations",
     "external_agents_forget_instance",
     "external_agents_clear_idempotency_keys",
@@ -103,6 +107,11 @@ def _grants(connection: Connection, role: str, version_table: str) -> Iterator[s
     # A dump that was restored without privileges has given them to everybody.
     yield f"REVOKE ALL ON FUNCTION {', '.join(FUNCTIONS)} FROM PUBLIC"
     yield f"GRANT EXECUTE ON FUNCTION {', '.join(FUNCTIONS)} TO {to}"
+
+
+def sees_all(connection: Connection) -> bool:
+    """Whether row security hides nothing from this connection's role."""
+    return not connection.execute(_STANDING).one().is_held_back
 
 
 def fault_of_role(connection: Connection, *, row_security: bool) -> str | None:

@@ -16,7 +16,6 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.domain.access import ORG_ID_PATTERN
 
 OPTION = "row_security"
@@ -27,22 +26,20 @@ _RUNNING = text("SELECT external_agents_running_organisations(:instance, :at_mos
 
 
 @asynccontextmanager
-async def reading_of(engine: AsyncEngine, org_id: str) -> AsyncIterator[AsyncConnection]:
+async def read_confined(connection: AsyncConnection, org_id: str) -> AsyncIterator[None]:
     """
-    A connection of `reading(engine)`, for single statements about one organisation. Raises as `translate_errors` does.
+    What a connection that commits each statement reads in this block is about one organisation.
 
-    With row security they run in a transaction, of which the begin and the setting are sent as one.
+    With row security it is read in a transaction, of which the begin and the setting are sent as one.
     """
-    with translate_errors():
-        async with engine.connect() as connection:
-            if not is_on(engine):
-                yield connection
-                return
-            # An organisation's id has nothing in it that needs quoting.
-            await connection.exec_driver_sql(f"BEGIN; SET LOCAL app.org_ids = '{_setting([org_id])}'")
-            yield connection
-            # Else the pool rolls it back, and the statements that are prepared are lost with it.
-            await connection.exec_driver_sql("COMMIT")
+    if not is_on(connection.engine):
+        yield
+        return
+    # An organisation's id has nothing in it that needs quoting.
+    await connection.exec_driver_sql(f"BEGIN; SET LOCAL app.org_ids = '{_setting([org_id])}'")
+    yield
+    # Else the pool rolls it back, and the statements that are prepared are lost with it.
+    await connection.exec_driver_sql("COMMIT")
 
 
 async def confine(connection: AsyncConnection, org_ids: Iterable[str]) -> None:

@@ -2,8 +2,8 @@
 The tables.
 
 Every tenant table's primary key begins with org_id, every foreign key contains it, and every statement filters by it:
-tenants cannot mix, and the tables can be distributed. `api_keys` (found before the organisation is known) and
-`instances` are no tenant tables.
+tenants cannot mix, and the tables can be distributed. `api_keys` (found before the organisation is known),
+`api_key_hash_keys` and `instances` are no tenant tables.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ agents = Table(
     # Case-folded by this library: what lower() and ILIKE make of `Ä` depends on the server's version and locale.
     Column("name_folded", Text, nullable=False),
     Column("description_folded", Text, nullable=False),
+    Column("previous_signing_secret_until", _MOMENT),
 )
 """Lists go along the primary key, backwards; their filters look at the agents of one organisation only."""
 
@@ -92,9 +93,9 @@ secrets = Table(
     Column("key_id", Text, nullable=False),
     Column("envelope", LargeBinary, nullable=False),
     _agent_key("agent_id"),
-    Index("ix_external_agent_secrets_key_id", "key_id"),
+    Index("ix_external_agent_secrets_key_id", "key_id", "org_id", "agent_id", "field"),
 )
-"""Sealed before they get here. key_id is for finding what a retired key still seals."""
+"""Sealed before they get here. key_id is for finding what an older key still seals, in an order to go through."""
 
 rate_windows = Table(
     "external_agent_rate_windows",
@@ -202,8 +203,24 @@ api_keys = Table(
     Column("created_at", _MOMENT, nullable=False),
     Column("expires_at", _MOMENT),
     Column("revoked_at", _MOMENT),
+    Column("last_used_at", _MOMENT),
     Index("ix_api_keys_org_id", "org_id", "created_at"),
+    Index("ix_api_keys_hash_key_id", "hash_key_id", postgresql_where=text("revoked_at IS NULL")),
 )
+"""last_used_at: the first use that was noted in the last hour (UTC) that had any."""
+
+api_key_hash_keys = Table(
+    "api_key_hash_keys",
+    metadata,
+    Column("hash_key_id", Text, primary_key=True),
+    Column("key_id", Text, nullable=False),
+    Column("envelope", LargeBinary, nullable=False),
+)
+"""
+What API keys were hashed with under secret keys that are to be retired, sealed with a later one.
+
+A hash cannot be made anew without the API key itself; so the hashes stay, and what they were made with is sealed.
+"""
 
 idempotency_keys = Table(
     "external_agent_idempotency_keys",

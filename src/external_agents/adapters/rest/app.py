@@ -12,6 +12,7 @@ import falcon.asgi
 from falcon.asgi import Request, Response
 
 from external_agents.adapters.rest.asgi import Receive, Scope, Send
+from external_agents.adapters.rest.body import GRACE_S
 from external_agents.adapters.rest.docs import documentation_routes
 from external_agents.adapters.rest.errors import answer_error
 from external_agents.adapters.rest.health import Health, Readiness, Ready, always_ready
@@ -37,6 +38,7 @@ def create_app(
     authenticator: Authenticator | None = None,
     readiness: Readiness = always_ready,
     body_limit_bytes: int = BODY_LIMIT_BYTES,
+    body_grace_s: float = GRACE_S,
     log_context: LogContext = lambda **ids: nullcontext(),
     metrics: Exposition | None = None,
     on_request: RequestObserver = lambda method, route, status, duration_s: None,
@@ -50,6 +52,7 @@ def create_app(
         authenticator: Who recognises callers; the service's own by default.
         readiness: What `/readyz` asks: each thing that the service stands on, and what is wrong with it, or None.
         body_limit_bytes: The largest body of a request.
+        body_grace_s: How long a body may take, beside a second for each `PACE_BYTES_PER_S` bytes that have come.
         log_context: Entered around every request with its ids.
         metrics: What `/metrics` shows to anybody; without it there is no such route.
         on_request: Told of every request.
@@ -60,7 +63,9 @@ def create_app(
     authenticator = authenticator or service.authenticator
     if authenticator is None:
         raise ConfigurationError("The API needs an authenticator: the service has none, and none was given.")
-    app = _App(body_limit_bytes, log_context, on_request, middleware=[_Guard(authenticator), _CommonHeaders()])
+    app = _App(
+        body_limit_bytes, body_grace_s, log_context, on_request, middleware=[_Guard(authenticator), _CommonHeaders()]
+    )
     app.req_options.strip_url_path_trailing_slash = True
     app.resp_options.default_media_type = falcon.MEDIA_JSON
     app.add_error_handler(Exception, answer_error)
@@ -82,16 +87,23 @@ class _App(falcon.asgi.App[Request, Response]):
     """Falcon's app, with what has to happen before it sees a request and after it has answered."""
 
     def __init__(
-        self, body_limit_bytes: int, log_context: LogContext, on_request: RequestObserver, *, middleware: list[Any]
+        self,
+        body_limit_bytes: int,
+        body_grace_s: float,
+        log_context: LogContext,
+        on_request: RequestObserver,
+        *,
+        middleware: list[Any],
     ) -> None:
         super().__init__(middleware=middleware)
         self._body_limit_bytes = body_limit_bytes
+        self._body_grace_s = body_grace_s
         self._log_context = log_context
         self._on_request = on_request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
         if scope["type"] == "http":
-            incoming = Incoming(scope, receive, self._body_limit_bytes)
+            incoming = Incoming(scope, receive, self._body_limit_bytes, self._body_grace_s)
             tally = Tally(self._on_request, incoming, send)
             with self._log_context(request_id=incoming.request_id, trace_id=incoming.trace_id):
                 try:
@@ -148,7 +160,6 @@ class _CommonHeaders:
         await incoming.body.skip_arrived()
         resp.set_header("X-Request-Id", incoming.request_id)
         resp.set_header("X-Content-Type-Options", "nosniff")
-        if not resp.get_header("Cache-Control"):
-            resp.set_header("Cache-Control", "no-store")
+        resp.set_header("Cache-Control", "no-store")
         if incoming.body.spoils_connection and req.scope.get("http_version", "1.1").startswith("1"):
             resp.set_header("Connection", "close")

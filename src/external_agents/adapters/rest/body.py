@@ -16,6 +16,10 @@ ARRIVED_BYTES_MAX = 256 * 1024
 ARRIVED_S = 0.1
 """What counts as having arrived together with the head of a request."""
 
+GRACE_S = 20.0
+PACE_BYTES_PER_S = 8_192
+"""How long a body may take: this, and a second more for so many bytes that have come."""
+
 DRAIN_BYTES_MAX = 64 * 1024 * 1024
 DRAIN_S = 5.0
 """
@@ -34,13 +38,18 @@ _MEDIA_TYPE = re.compile(
 _CHARSET = re.compile(rf';\s*charset="?(?P<charset>{_TOKEN})', re.IGNORECASE)
 
 
+class BodyTooSlow(Exception):
+    """A body dripped, or stopped before its end."""
+
+
 class RequestBody:
     """The body of one request. `ended` and `broken`: whether all of it has come, whether it stopped before its end."""
 
-    def __init__(self, scope: Scope, receive: Receive, limit_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, limit_bytes: int, grace_s: float = GRACE_S) -> None:
         self._scope = scope
         self._receive = receive
         self._limit_bytes = limit_bytes
+        self._grace_s = grace_s
         self._touched = False
         self._ended = False
         self._broken = False
@@ -55,23 +64,32 @@ class RequestBody:
 
         Raises:
             falcon.HTTPContentTooLarge: Over the limit; at once where Content-Length says so.
+            BodyTooSlow: It came with less than the pace that a body must have.
             falcon.HTTPUnsupportedMediaType: Compressed, or not JSON in UTF-8.
             MalformedJson: Empty, or cut off.
         """
         declared = self._declared_bytes
         if declared is not None and declared > self._limit_bytes:
             raise self._too_large()
+        content = await self._in_time()
+        self._require_json(is_empty=not content)
+        if not content:
+            raise MalformedJson("The body is empty.")
+        return content
+
+    async def _in_time(self) -> bytes:
         pieces: list[bytes] = []
         size = 0
-        while not self._ended:
-            piece = await self._next_piece()
-            size += len(piece)
-            if size > self._limit_bytes:
-                raise self._too_large()
-            pieces.append(piece)
-        self._require_json(is_empty=not size)
-        if not size:
-            raise MalformedJson("The body is empty.")
+        until_s = asyncio.get_running_loop().time() + self._grace_s
+        try:
+            while not self._ended:
+                piece = await self._next_piece(until_s + size / PACE_BYTES_PER_S)
+                size += len(piece)
+                if size > self._limit_bytes:
+                    raise self._too_large()
+                pieces.append(piece)
+        except TimeoutError:
+            raise BodyTooSlow("The body came too slowly.") from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def skip_arrived(self) -> None:
@@ -94,14 +112,23 @@ class RequestBody:
     async def _skip(self, bytes_max: int, timeout_s: float) -> None:
         if self._ended or not self._is_announced:
             return
+        until_s = asyncio.get_running_loop().time() + timeout_s
         with suppress(TimeoutError, MalformedJson):
-            async with asyncio.timeout(timeout_s):
-                while not self._ended and bytes_max > 0:
-                    bytes_max -= len(await self._next_piece())
+            while not self._ended and bytes_max > 0:
+                bytes_max -= len(await self._next_piece(until_s))
 
-    async def _next_piece(self) -> bytes:
+    async def _next_piece(self, until_s: float) -> bytes:
+        """
+        Raises:
+            TimeoutError: It is past that time of the event loop. Each piece begins with a look at the clock: what
+                gunicorn waits with can lose a cancellation when a piece comes at the same moment.
+            MalformedJson: The caller has gone.
+        """
+        if asyncio.get_running_loop().time() >= until_s:
+            raise TimeoutError
         self._touched = True
-        event = await self._receive()
+        async with asyncio.timeout_at(until_s):
+            event = await self._receive()
         if event["type"] == "http.disconnect":
             self._ended = self._broken = True
             raise MalformedJson("The body was cut off.")

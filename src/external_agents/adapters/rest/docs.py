@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,12 +36,6 @@ _OURS = Path(__file__).with_name("docs_page")
 class Asset:
     content: bytes
     media_type: str
-    etag: str
-
-    @classmethod
-    def read(cls, file: Path, media_type: str) -> Asset:
-        content = file.read_bytes()
-        return cls(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 class OpenApi(Resource):
@@ -85,12 +78,8 @@ class DocsAsset(Resource):
         if name not in self._assets:
             raise falcon.HTTPRouteNotFound
         asset = self._assets[name]
-        resp.set_header("Cache-Control", "public, max-age=3600")
-        resp.set_header("ETag", asset.etag)
         resp.content_type = asset.media_type
         resp.data = asset.content
-        if req.get_header("If-None-Match") == asset.etag:
-            resp.status = falcon.HTTP_304
 
     on_head = on_get
 
@@ -111,7 +100,7 @@ def _assets() -> dict[str, Asset]:
         swagger_ui / "javascripts" / "swagger-ui-bundle.js": falcon.MEDIA_JS,
         swagger_ui / "stylesheets" / "swagger-ui.css": "text/css; charset=utf-8",
     }
-    return {file.name: Asset.read(file, media_type) for file, media_type in files.items()}
+    return {file.name: Asset(file.read_bytes(), media_type) for file, media_type in files.items()}
 
 
 def _swagger_ui() -> Path:

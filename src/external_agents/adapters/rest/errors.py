@@ -10,6 +10,7 @@ import attrs
 import falcon
 from falcon.asgi import Request, Response
 
+from external_agents.adapters.rest.body import BodyTooSlow
 from external_agents.adapters.rest.incoming import Incoming, incoming_of
 from external_agents.adapters.rest.representations import Json, encoded, invocation_json, invoked_headers, quota_headers
 from external_agents.application.invocation import Invoked
@@ -138,6 +139,7 @@ KINDS: Mapping[type[BaseException], Kind] = {
     falcon.HTTPMethodNotAllowed: Kind(
         405, "method-not-allowed", "Method not allowed", "The header Allow names the methods.", headers=_own_headers
     ),
+    BodyTooSlow: Kind(408, "too-slow", "The request came too slowly"),
     library.AgentInactive: Kind(409, "agent-inactive", "The agent is inactive"),
     refusals.IdempotencyKeyInFlight: Kind(
         409, "idempotency-key-in-flight", "The first invocation has not ended", headers=_wait

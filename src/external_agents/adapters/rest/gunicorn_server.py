@@ -22,7 +22,7 @@ from gunicorn.util import import_app  # type: ignore[import-untyped]
 
 from external_agents.adapters.rest.worker import HELD_SIGNALS
 
-APP = "external_agents.bootstrap:create_asgi_app()"
+APP = "external_agents.bootstrap:create_worker_app()"
 BACKLOG = 2048
 KEEPALIVE_S = 75
 """Longer than the idle time of the usual load balancers, so that it is they who close."""

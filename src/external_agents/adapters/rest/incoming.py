@@ -37,8 +37,8 @@ class Incoming:
 
     __slots__ = ("_authorizations", "body", "method", "principal", "request_id", "route", "trace_id")
 
-    def __init__(self, scope: Scope, receive: Receive, body_limit_bytes: int) -> None:
-        self.body = RequestBody(scope, receive, body_limit_bytes)
+    def __init__(self, scope: Scope, receive: Receive, body_limit_bytes: int, body_grace_s: float) -> None:
+        self.body = RequestBody(scope, receive, body_limit_bytes, body_grace_s)
         self.principal: Principal | None = None
         self.route: str | None = None
         self.method: str | None = None

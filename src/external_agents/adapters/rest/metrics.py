@@ -27,15 +27,13 @@ BUSY_SHARE = 0.1
 PAUSE_MAX_S = 1.0
 
 
-class Metrics(Resource):
+class PacedExposition:
     """
-    The metrics, to anybody.
+    The metrics for many who ask.
 
     However often it is asked, collecting them takes a tenth of the time at most. Those who ask meanwhile wait for the
     next collection and share it: what was counted when they asked is in it.
     """
-
-    is_open = True
 
     def __init__(self, exposition: Exposition) -> None:
         self._exposition = exposition
@@ -43,12 +41,10 @@ class Metrics(Resource):
         self._next: asyncio.Task[tuple[str, bytes]] | None = None
         self._not_before_s = 0.0
 
-    async def on_get(self, req: Request, resp: Response) -> None:
+    async def __call__(self) -> tuple[str, bytes]:
         if self._next is None:
             self._next = asyncio.create_task(self._collect())
-        resp.content_type, resp.data = await asyncio.shield(self._next)
-
-    on_head = on_get
+        return await asyncio.shield(self._next)
 
     async def _collect(self) -> tuple[str, bytes]:
         async with self._turn:
@@ -60,6 +56,20 @@ class Metrics(Resource):
             finally:
                 ended_s = time.monotonic()
                 self._not_before_s = ended_s + min(PAUSE_MAX_S, (ended_s - began_s) * (1 / BUSY_SHARE - 1))
+
+
+class Metrics(Resource):
+    """The metrics, to anybody."""
+
+    is_open = True
+
+    def __init__(self, exposition: Exposition) -> None:
+        self._exposition = PacedExposition(exposition)
+
+    async def on_get(self, req: Request, resp: Response) -> None:
+        resp.content_type, resp.data = await self._exposition()
+
+    on_head = on_get
 
 
 class Tally:

@@ -20,8 +20,8 @@ _DESCRIPTION = """\
 Agents that live elsewhere, invoked under control: who may, how often, at what cost, with a durable record of every
 call.
 
-Every call but those of *service* carries `Authorization: Bearer <API key>`; the key says which organisation it acts
-for, and another organisation's agents do not exist for it. Checks come in this order: 401; 413, 415 and malformed JSON
+Every call but those of *service* carries `Authorization: Bearer <API key or JWT>`, which says which organisation it
+acts for; another organisation's agents do not exist for it. Checks come in this order: 401; 413, 415 and malformed JSON
 (400); 404; 403; 412; validation (400); 409; the idempotency key (422, 409); 429; 402.
 
 Every error is a problem (RFC 9457, `application/problem+json`); an invalid request is told all its faults at once, in
@@ -55,7 +55,8 @@ def openapi_document(catalog: Catalog, *, has_metrics: bool = True) -> Document:
                 "bearer": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "An API key. It holds some of the permissions "
+                    "description": "An API key, or a JSON Web Token of the operator's issuer, where there is one. "
+                    "It holds some of the permissions "
                     + ", ".join(f"`{permission}`" for permission in PERMISSIONS)
                     + ".",
                 }

@@ -80,6 +80,7 @@ _MEMBERS: Mapping[str, Document] = {
 PATCHES: Document = {
     "switch off": {"value": {"status": "inactive"}},
     "limits": {"value": {"rate_limit_config": {"requests_per_minute": 10}, "budget_config": None}},
+    "new signing secret": {"value": {"signing_secret": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}},
 }
 
 

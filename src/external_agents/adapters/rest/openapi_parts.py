@@ -81,6 +81,11 @@ def body(schema: str, values: Mapping[str, Any], *media_types: str) -> Document:
     }
 
 
+def links(*operation_ids: str, **parameters: str) -> Document:
+    """To what can be asked next, with parameters from this answer."""
+    return {operation_id: {"operationId": operation_id, "parameters": parameters} for operation_id in operation_ids}
+
+
 def query_parameters(filters: Mapping[str, JsonSchema]) -> list[Document]:
     return [
         {

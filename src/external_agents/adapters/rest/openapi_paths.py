@@ -14,6 +14,7 @@ from external_agents.adapters.rest.openapi_parts import (
     header_parameter,
     id_parameter,
     if_match,
+    links,
     object_of,
     open_to_all,
     page,
@@ -33,6 +34,9 @@ OF_INVOKED = {
     "Idempotent-Replayed": "IdempotentReplayed",
 }
 """The header fields of every answer with an invocation that was admitted."""
+
+
+_OF_AGENT = ("getAgent", "updateAgent", "deleteAgent", "invokeAgent", "getUsage", "listInvocations")
 
 
 def paths(catalog: Catalog) -> Document:
@@ -62,7 +66,7 @@ def paths(catalog: Catalog) -> Document:
         "/openapi.json": {"get": open_to_all("openapi", "This document", {"type": "object"})},
         "/docs": {"get": page("docs", "This document, to read and to try out", "text/html")},
         "/docs/{name}": {
-            "get": page("docsAsset", "The files of /docs", "text/javascript", "text/css"),
+            "get": _asset(),
             "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
         },
     }
@@ -77,9 +81,12 @@ def _create(catalog: Catalog) -> Document:
         "sealed and never shown again.",
         requestBody=body("AgentToCreate", examples.agents_to_create(catalog), JSON),
         responses={
-            "201": answer("The agent.", ref("Agent"), examples.agent(catalog), ETag="ETag", Location="Location"),
+            "201": {
+                **answer("The agent.", ref("Agent"), examples.agent(catalog), ETag="ETag", Location="Location"),
+                "links": links(*_OF_AGENT, agent_id="$response.body#/id"),
+            },
         },
-        errors=("400", "413", "415"),
+        errors=("400", "408", "413", "415"),
     )
 
 
@@ -119,11 +126,12 @@ def _patch(catalog: Catalog) -> Document:
         "updateAgent",
         "Change an agent",
         "Secrets that are left out stay. A new `auth_type` comes with its whole `auth_config`. Where the origin of "
-        "`webhook_url` or `token_url` changes, the auth secrets must come again.",
+        "`webhook_url` or `token_url` changes, the auth secrets must come again. After a new `signing_secret`, "
+        "requests carry the old one's signature too, for 24 h; null drops both at once.",
         parameters=[if_match()],
         requestBody=body("AgentPatch", examples.PATCHES, "application/merge-patch+json", JSON),
         responses={"200": answer("The agent.", ref("Agent"), examples.agent(catalog), ETag="ETag")},
-        errors=("400", "404", "412", "413", "415"),
+        errors=("400", "404", "408", "412", "413", "415"),
     )
 
 
@@ -168,9 +176,16 @@ def _invoke() -> Document:
             "content": {JSON: {"schema": {}, "examples": {"a question": {"value": {"input": "hello"}}}}},
         },
         responses={
-            "200": answer("The invocation.", ref("Invocation"), examples.INVOCATION, **OF_INVOKED),
+            "200": {
+                **answer("The invocation.", ref("Invocation"), examples.INVOCATION, **OF_INVOKED),
+                "links": links(
+                    "getInvocation",
+                    agent_id="$response.body#/external_agent_id",
+                    invocation_id="$response.body#/id",
+                ),
+            },
         },
-        errors=("400", "402", "404", "409", "413", "415", "422", "429", "502", "504"),
+        errors=("400", "402", "404", "408", "409", "413", "415", "422", "429", "502", "504"),
     )
 
 
@@ -212,6 +227,13 @@ def _get_invocation() -> Document:
         responses={"200": answer("The invocation.", ref("Invocation"), examples.INVOCATION)},
         errors=("404",),
     )
+
+
+def _asset() -> Document:
+    operation = page("docsAsset", "The files of /docs", "text/javascript", "text/css")
+    operation["responses"]["304"] = {"description": "It is as the caller has it."}
+    operation["responses"]["404"] = {"$ref": "#/components/responses/404"}
+    return operation
 
 
 def _ready() -> Document:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from external_agents.adapters.rest.errors import KINDS
@@ -19,6 +19,8 @@ Document = dict[str, Any]
 
 _UUID = {"type": "string", "format": "uuid"}
 _MOMENT = {"type": "string", "format": "date-time"}
+_URL = {"format": "uri", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
+"""What can be said here of a URL that a tenant gives; which hosts and ports it may name is for the operator to say."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -54,15 +56,24 @@ def _configs(catalog: Catalog) -> Iterator[tuple[str, JsonSchema]]:
     """Each auth_config and platform_config: as it is sent, and what is shown of it where that is less."""
     kinds: list[tuple[str, JsonSchema, frozenset[str]]] = [
         *(
-            (f"auth_config.{name}", scheme.schema, scheme.secret_fields)
+            (f"auth_config.{name}", _with_urls(scheme.schema, scheme.url_fields), scheme.secret_fields)
             for name, scheme in catalog.auth_schemes.items()
         ),
-        *((f"platform_config.{name}", kind.schema, kind.secret_fields) for name, kind in catalog.platforms.items()),
+        *(
+            (f"platform_config.{name}", _with_urls(kind.schema, kind.url_fields), kind.secret_fields)
+            for name, kind in catalog.platforms.items()
+        ),
     ]
     for name, schema, secret_fields in kinds:
         yield _component(name), schema
         if secret_fields:
             yield _component(f"{name}.shown"), _without(schema, secret_fields)
+
+
+def _with_urls(schema: JsonSchema, url_fields: Iterable[str]) -> JsonSchema:
+    properties = schema.get("properties", {})
+    urls = {name: {**properties[name], **_URL} for name in url_fields if name in properties}
+    return {**schema, "properties": {**properties, **urls}} if urls else schema
 
 
 def _without(schema: JsonSchema, secret_fields: frozenset[str]) -> JsonSchema:
@@ -79,7 +90,7 @@ def _less(members: Mapping[str, Any], names: frozenset[str]) -> Document:
 
 
 def _agent_to_create(catalog: Catalog) -> Document:
-    definition = dict(catalog.create_schema.definition)
+    definition = _with_urls(catalog.create_schema.definition, ("webhook_url",))
     return {**definition, "allOf": _variants(catalog, shown=False)}
 
 
@@ -90,10 +101,10 @@ def _agent_patch(catalog: Catalog) -> Document:
     properties: Document = {}
     for name in definition["properties"]:
         schema = {key: value for key, value in catalog.agent_properties[name].items() if key != "default"}
-        properties[name] = schema if name in required else {"anyOf": [schema, {"type": "null"}]}
+        as_it_is = name in required or "null" in schema["type"]
+        properties[name] = schema if as_it_is else {"anyOf": [schema, {"type": "null"}]}
     return {
-        **definition,
-        "properties": properties,
+        **_with_urls({**definition, "properties": properties}, ("webhook_url",)),
         "description": "A JSON merge patch (RFC 7396): what is absent stays, secrets too; null stands for the default.",
     }
 
@@ -102,6 +113,7 @@ def _agent(catalog: Catalog) -> Document:
     fields: Document = {
         name: {key: value for key, value in schema.items() if key != "default"}
         for name, schema in catalog.agent_properties.items()
+        if not schema.get("writeOnly")
     }
     fields["status"] = {"type": "string", "enum": [status.value for status in AgentStatus]}
     properties: Document = {
@@ -116,7 +128,7 @@ def _agent(catalog: Catalog) -> Document:
     }
     return {
         "type": "object",
-        "description": "An agent. Secret fields of its configs are never shown.",
+        "description": "An agent. Secret fields are never shown.",
         "properties": properties,
         "required": list(properties),
         "allOf": _variants(catalog, shown=True),

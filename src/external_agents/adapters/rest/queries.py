@@ -51,7 +51,11 @@ INVOCATION_FILTERS: Mapping[str, JsonSchema] = {
     },
     "until": {"type": "string", "format": "date-time", "description": "Created before then (RFC 3339 with an offset)."},
     "limit": _LIMIT,
-    "cursor": {"type": "string", "description": "The `next_cursor` of the page before."},
+    "cursor": {
+        "type": "string",
+        "pattern": "^[A-Za-z0-9_-]{22}$",
+        "description": "The `next_cursor` of the page before.",
+    },
 }
 
 

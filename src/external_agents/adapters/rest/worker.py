@@ -13,8 +13,11 @@ from typing import Any
 from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
 from gunicorn.workers.gasgi import ASGIWorker  # type: ignore[import-untyped]
 
+from external_agents.adapters.rest.connection import Connection, Patience
+
 PR_SET_PDEATHSIG = 1
 IDLE_SWEEP_S = 0.5
+TIMING_S = 1.0
 GARBAGE_THRESHOLDS = (20_000, 2, 2)
 """
 With 700 young objects, Python's default, hundreds of invocations under way are gone through several times each. The
@@ -28,27 +31,6 @@ HELD_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 """May be blocked when a worker begins; see `gunicorn_server`."""
 
 
-class _Connection(ASGIProtocol):  # type: ignore[misc]
-    """
-    A connection whose parser goes with it.
-
-    The parser in C holds methods of the connection, and no garbage collector sees that: each connection that there ever
-    was would stay, with 11 KB.
-    """
-
-    _task: asyncio.Task[None] | None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self._task is None:
-            self._forget_parser(None)
-        else:
-            self._task.add_done_callback(self._forget_parser)
-
-    def _forget_parser(self, _: object) -> None:
-        self._callback_parser = None
-
-
 class Worker(ASGIWorker):  # type: ignore[misc]
     """
     Serves like `-k asgi`, and beyond that
@@ -57,12 +39,15 @@ class Worker(ASGIWorker):  # type: ignore[misc]
     - leaves connections to the other workers, too: asyncio would accept a hundred at a time;
     - closes connections that wait for no answer as soon as it drains: they would hold it until they time out, and one
       that never sent anything has no timeout;
+    - lets in no head that is malformed or too large, and waits neither for heads nor for answers to be taken longer
+      than its `patience`;
     - gives the application's own shutdown what is left of `graceful_timeout`, instead of 30 s;
     - forgets connections that are over;
     - dies with gunicorn's master, instead of draining on without it.
     """
 
     lifespan: Any
+    patience = Patience()
 
     def init_process(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
@@ -85,12 +70,12 @@ class Worker(ASGIWorker):  # type: ignore[misc]
 
     def _setup_event_loop(self) -> None:
         super()._setup_event_loop()
-        self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         create_server = self.loop.create_server
 
         async def create_deep_server(_factory: Any, *, sock: Any, **options: Any) -> asyncio.Server:
-            def tracked() -> _Connection:
-                connection = _Connection(self)
+            def tracked() -> Connection:
+                connection = Connection(self)
                 self._connections.add(connection)
                 return connection
 
@@ -99,6 +84,7 @@ class Worker(ASGIWorker):  # type: ignore[misc]
             return server
 
         self.loop.create_server = create_deep_server
+        self._timing = self.loop.create_task(self._keep_time())
 
     async def _shutdown(self) -> None:
         deadline = self.loop.time() + self.cfg.graceful_timeout
@@ -111,6 +97,16 @@ class Worker(ASGIWorker):  # type: ignore[misc]
         sweeping.cancel()
         if lifespan is not None and not self._quick_shutdown:
             await self._end_lifespan(lifespan, deadline)
+
+    async def _keep_time(self) -> None:
+        while True:
+            now_s = self.loop.time()
+            for connection in list(self._connections):
+                try:
+                    connection.keep_time(now_s, self.patience)
+                except Exception:
+                    self.log.exception("a connection cannot be timed")
+            await asyncio.sleep(TIMING_S)
 
     async def _close_idle_connections(self) -> None:
         while True:

@@ -106,7 +106,7 @@ RUNNING = Metric(
 ENDED = Metric(
     name="external_agents_invocations_total",
     kind="counter",
-    meaning="Invocations that ended.",
+    meaning="Invocations that ended; interrupted ones are counted by the process that recovered them.",
     labels=("status", "error_code"),
     series=ENDS,
 )
@@ -128,7 +128,7 @@ RESERVATIONS = Metric(
     kind="counter",
     meaning=(
         "Reservations of a budget: made at an admission; then charged or released; overrun, beside charged, where the "
-        "agent's cost was above the reservation."
+        "agent's cost was above the reservation. What recovery charges for a process that is gone is not among them."
     ),
     labels=("event",),
     series=_one_each("made", "charged", "released", "overrun"),

@@ -19,7 +19,7 @@ from prometheus_client.values import MutexValue, ValueClass
 from external_agents.adapters.telemetry import metrics
 from external_agents.adapters.telemetry.worker_files import FOLDER_VARIABLE, WorkerFiles
 from external_agents.domain.errors import ConfigurationError
-from external_agents.domain.invocation import Attempt
+from external_agents.domain.invocation import Attempt, ErrorCode, InvocationStatus
 from external_agents.ports.observability import (
     AdmissionRecord,
     BatchRecord,
@@ -27,6 +27,7 @@ from external_agents.ports.observability import (
     InvocationRecord,
     ObservabilityManager,
     Record,
+    RecoveryRecord,
 )
 
 GATHERED_S = 0.02
@@ -87,6 +88,9 @@ class PrometheusObservability(ObservabilityManager, Collector):
             self._admission(record)
         elif isinstance(record, BatchRecord):
             self._batch(record)
+        elif isinstance(record, RecoveryRecord):
+            ended = self._ended[InvocationStatus.UNKNOWN, ErrorCode.INTERRUPTED]
+            self._increments.add(ended, record.interrupted)
 
     def request(self, method: str, route: str | None, status: int | None, duration_s: float) -> None:
         """

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client import Metric as Family
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -42,7 +43,11 @@ class WorkerFiles(Collector):
         with _among_readers(self._folder):
             files = [str(file) for file in self._folder.glob("*.db") if _size_of(file)]
             families: Iterable[Family] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        return families
+        return sorted(families, key=lambda family: family.name)
+
+    def exposition(self) -> tuple[str, bytes]:
+        """The media type and the text, in Prometheus's text format; for a process that counts nothing itself."""
+        return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self)
 
 
 def child_exit(server: object, worker: Any) -> None:

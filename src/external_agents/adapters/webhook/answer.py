@@ -70,10 +70,14 @@ async def read_body(stream: AsyncIterable[bytes], fields: Fields, limit_bytes: i
     if announced.isdigit() and (len(announced) > _LENGTH_DIGITS_MAX or int(announced) > limit_bytes):
         raise TooLarge
     body = bytearray()
-    async for chunk in stream:
-        body += chunk
-        if len(body) > limit_bytes:
-            raise TooLarge
+    try:
+        async for chunk in stream:
+            body += chunk
+            if len(body) > limit_bytes:
+                raise TooLarge
+    except BaseException:
+        body.clear()  # The error leads here, and the stream keeps the error: both last until they are collected.
+        raise
     return body
 
 

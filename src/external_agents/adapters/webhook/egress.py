@@ -72,7 +72,7 @@ class EgressGuard(AbstractResolver):
             if addresses := self._policy.localhost():
                 return addresses
             raise self._refusal("localhost stands for no address in EGRESS_ALLOW")
-        addresses = tuple(await self._resolve(host))
+        addresses = tuple(await self._resolve(host, journey.get().org_id))
         if not addresses:
             raise socket.gaierror(socket.EAI_NONAME, "the name has no addresses")
         return addresses

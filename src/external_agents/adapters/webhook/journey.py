@@ -21,6 +21,7 @@ class Journey:
     """
     Attributes:
         url: Exactly what is asked for.
+        org_id: Whose URL it is.
         refused: The egress guard has stopped it.
         reached: It has a connection, so that the other side may have seen any part of it.
         answered: The head of the answer is complete.
@@ -29,6 +30,7 @@ class Journey:
 
     url: URL
     answer_limit_bytes: int
+    org_id: str
     refused: bool = False
     reached: bool = False
     answered: bool = False
@@ -37,9 +39,7 @@ class Journey:
 
     @property
     def destination(self) -> Destination:
-        assert self.url.raw_host is not None
-        assert self.url.port is not None
-        return Destination(self.url.scheme, self.url.raw_host, self.url.port)
+        return destination_of(self.url)
 
     def takes(self, count: int) -> bool:
         """Whether so many more bytes may come in. Those that complete the head may bring the body with them."""
@@ -48,6 +48,13 @@ class Journey:
         self.flooded = self._received_bytes > limit_bytes
         self._received_bytes += count
         return not self.flooded
+
+
+def destination_of(url: URL) -> Destination:
+    """Where the connector will go for it."""
+    assert url.raw_host is not None
+    assert url.port is not None
+    return Destination(url.scheme, url.raw_host, url.port)
 
 
 journey: contextvars.ContextVar[Journey] = contextvars.ContextVar("external_agents.webhook.journey")

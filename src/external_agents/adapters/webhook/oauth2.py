@@ -84,7 +84,7 @@ class Tokens:
         token = entry.token
         if token is not None and token is not rejected and self._clock.monotonic_s() < token.kept_until_s:
             return token
-        flight = entry.flight or self._start(entry, grant.credentials)
+        flight = entry.flight or self._start(entry, grant)
         try:
             async with asyncio.timeout_at(deadline_s):
                 result = await asyncio.shield(flight)
@@ -109,15 +109,15 @@ class Tokens:
             self._entries.popitem(last=False)
         return entry
 
-    def _start(self, entry: _Entry, client: ClientCredentials) -> asyncio.Task[Token | Outcome]:
-        flight = entry.flight = asyncio.create_task(self._fly(entry, client))
+    def _start(self, entry: _Entry, grant: Grant) -> asyncio.Task[Token | Outcome]:
+        flight = entry.flight = asyncio.create_task(self._fly(entry, grant))
         self._flights.add(flight)
         flight.add_done_callback(self._flights.discard)
         return flight
 
-    async def _fly(self, entry: _Entry, client: ClientCredentials) -> Token | Outcome:
+    async def _fly(self, entry: _Entry, grant: Grant) -> Token | Outcome:
         try:
-            entry.token = await self._obtain(entry, client)
+            entry.token = await self._obtain(entry, grant)
         except Unanswered as failure:
             return failure_of(failure.outcome)
         else:
@@ -125,17 +125,18 @@ class Tokens:
         finally:
             entry.flight = None
 
-    async def _obtain(self, entry: _Entry, client: ClientCredentials) -> Token:
+    async def _obtain(self, entry: _Entry, grant: Grant) -> Token:
         deadline_s = asyncio.get_running_loop().time() + TOKEN_TIMEOUT_S
         asked_at_s = self._clock.monotonic_s()
-        answer = await self._ask(client, entry.secret_in_body, deadline_s)
+        answer = await self._ask(grant, entry.secret_in_body, deadline_s)
         if wants_other_authentication(answer):
-            other = await self._ask(client, not entry.secret_in_body, deadline_s)
+            other = await self._ask(grant, not entry.secret_in_body, deadline_s)
             if other.is_success:
                 answer, entry.secret_in_body = other, not entry.secret_in_body
         return read_token(answer, asked_at_s, self._clock.now())
 
-    async def _ask(self, client: ClientCredentials, secret_in_body: bool, deadline_s: float) -> Answer:
+    async def _ask(self, grant: Grant, secret_in_body: bool, deadline_s: float) -> Answer:
+        client = grant.credentials
         headers = {"content-type": "application/x-www-form-urlencoded", "accept": "application/json"}
         fields = {"grant_type": "client_credentials", "scope": client.scope, "audience": client.audience}
         if secret_in_body:
@@ -146,6 +147,7 @@ class Tokens:
         return await self._outbound.post(
             Post(
                 to="The token endpoint",
+                org_id=grant.org_id,
                 url=client.token_url,
                 headers=headers,
                 body=form.encode("ascii"),

@@ -21,9 +21,9 @@ from external_agents.adapters.webhook import failures
 from external_agents.adapters.webhook.answer import Answer, TooLarge, fields_of, is_encoded, read_body
 from external_agents.adapters.webhook.connector import GuardedConnector
 from external_agents.adapters.webhook.egress import EgressGuard, log_refusal
-from external_agents.adapters.webhook.journey import Journey, journey
+from external_agents.adapters.webhook.journey import Journey, destination_of, journey
 from external_agents.adapters.webhook.resolver import Resolve, SystemResolver
-from external_agents.domain.egress import EgressPolicy
+from external_agents.domain.egress import Destination, EgressPolicy
 
 URLS_REMEMBERED = 4096
 READ_BUFFER_BYTES = 64 * 1024
@@ -41,12 +41,14 @@ _WHOLE_BODY_BYTES = 1024 * 1024
 class Post:
     """
     Attributes:
+        org_id: Whose URL it is.
         headers: By names in lower case, in which they are sent.
         to: Who is at the other end, for messages: `The agent`.
         deadline_s: When it must be over, by the running loop's clock.
     """
 
     to: str
+    org_id: str
     url: str
     headers: Mapping[str, str] = attrs.field(repr=False)
     body: bytes = attrs.field(repr=False)
@@ -84,7 +86,7 @@ class Outbound:
         if target.fault:
             log_refusal(post.url, target.fault)
             raise failures.refused(post.to)
-        current = Journey(target.url, post.answer_limit_bytes)
+        current = Journey(target.url, post.answer_limit_bytes, post.org_id)
         token = journey.set(current)
         try:
             async with asyncio.timeout_at(post.deadline_s):
@@ -128,9 +130,15 @@ class Outbound:
         if faults:
             return _Target(URL(), faults[0])
         try:
-            return _Target(URL(_encoded(url), encoded=True))
+            target = URL(_encoded(url), encoded=True)
         except (ValueError, idna.IDNAError):
             return _Target(URL(), "is not a valid URL")
+        # The name is another text now, and was taken apart by another parser: it is judged as it will be asked for.
+        asked_for = f"{target.scheme}://{target.raw_authority}/"
+        faults = self._policy.url_faults(asked_for)
+        if faults or destination_of(target) != Destination.of(asked_for):
+            return _Target(URL(), faults[0] if faults else "is not a valid URL")
+        return _Target(target)
 
 
 def _encoded(url: str) -> str:

@@ -15,6 +15,7 @@ from external_agents.adapters.webhook.outbound import Outbound, Post
 from external_agents.adapters.webhook.resolver import Resolve
 from external_agents.domain.auth import ClientCredentials, FixedHeaders
 from external_agents.domain.egress import EgressPolicy
+from external_agents.domain.http_fields import tenant_may_set
 from external_agents.domain.invocation import ErrorCode, Outcome
 from external_agents.ports.system import Clock
 from external_agents.ports.transport import AgentRequest, AgentTransport
@@ -76,10 +77,13 @@ class WebhookTransport(AgentTransport):
         return attrs.evolve(outcome, error=ErrorCode.AGENT_AUTH_FAILED, message=message)
 
     async def _post(self, request: AgentRequest, credentials: Mapping[str, str], deadline_s: float) -> Outcome:
-        headers = {name.lower(): value for fields in (credentials, request.headers) for name, value in fields.items()}
+        # They were checked at registration; an auth type that somebody has added may know no such check.
+        headers = {name.lower(): value for name, value in credentials.items() if tenant_may_set(name)}
+        headers |= {name.lower(): value for name, value in request.headers.items()}
         headers["content-type"] = "application/json"
         post = Post(
             to="The agent",
+            org_id=request.org_id,
             url=request.url,
             headers=headers,
             body=request.body.text.encode("utf-8"),

@@ -44,8 +44,9 @@ from external_agents.ports.observability import BatchRecord
 SHARED_LOCK_WAIT_S = 0.5
 """What a batch waits for a lock. Then its agents go on each by itself, so that the one that is held up is alone."""
 APART_AT_ONCE = 2
-PATIENCE_S = 5.0
+PATIENCE_S = 4.0
 """What a caller waits for the database."""
+OVERDUE_EVERY_S = 0.25
 CALLS_HELD_MAX = 32
 """After so many calls a connection goes back to the pool for a moment, where other shards' queues may wait for it."""
 
@@ -333,7 +334,7 @@ class GroupCommitter:
 
 
 class _Patience:
-    """Runs out after PATIENCE_S, and then once a second, until it is ended."""
+    """Runs out after PATIENCE_S, and then every OVERDUE_EVERY_S, until it is ended."""
 
     def __init__(self, run_out: Callable[[], None]) -> None:
         self.has_ended = False
@@ -345,7 +346,7 @@ class _Patience:
 
     def _ran_out(self) -> None:
         self.has_ended = True
-        self._timer = asyncio.get_running_loop().call_later(1.0, self._ran_out)
+        self._timer = asyncio.get_running_loop().call_later(OVERDUE_EVERY_S, self._ran_out)
         self._run_out()
 
 

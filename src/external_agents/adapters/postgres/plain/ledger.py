@@ -7,13 +7,12 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
-from external_agents.adapters.postgres.engine import reading, transaction
+from external_agents.adapters.postgres.engine import ANSWER_S, reading, reading_of, transaction
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.plain import admission
 from external_agents.adapters.postgres.plain.turnstile import Turnstile
 from external_agents.adapters.postgres.recovery import Recovery
-from external_agents.adapters.postgres.row_security import reading_of
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S, Admission, AdmissionRequest, Forecast, InvocationLedger
 
@@ -82,7 +81,7 @@ class PlainPostgresLedger(InvocationLedger):
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings, finished.org_id) as connection:
+        async with transaction(self._endings, finished.org_id, within_s=ANSWER_S) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
@@ -91,6 +90,9 @@ class PlainPostgresLedger(InvocationLedger):
 
     async def heartbeat(self) -> None:
         await self._instance.beat()
+
+    def holds_lease(self) -> bool:
+        return self._instance.holds_lease()
 
     async def recover(self) -> int:
         return await self._recovery.recover()

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0005"
-down_revision = "0002"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
@@ -28,7 +28,15 @@ POLICY = "of_these_organisations"
 # The same as org_id = ANY (string_to_array(…, ',')), since no id has a comma. But it is asked of row after row, and
 # taking the list apart each time costs the server, with 50 organisations in a batch, three times as much more.
 IS_NAMED = "strpos(',' || current_setting('app.org_ids', true) || ',', ',' || org_id || ',') > 0"
-FUNCTIONS = ("api_keys", "running_organisations", "forget_instance", "clear_idempotency_keys", "add_partition")
+FUNCTIONS = (
+    "api_keys",
+    "note_uses",
+    "needed_keys",
+    "running_organisations",
+    "forget_instance",
+    "clear_idempotency_keys",
+    "add_partition",
+)
 
 LOCK_WAIT = "    PERFORM set_config('lock_timeout', lock_wait, true);\n"
 CONFINED = """\

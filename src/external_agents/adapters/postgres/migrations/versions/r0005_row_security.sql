@@ -7,6 +7,48 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = SCHEMA, pg_temp AS $$
     SELECT * FROM api_keys WHERE id = ANY (ids)
 $$;
 
+-- When these API keys were used, at most once an hour (UTC) each: last_used_at goes forward, and nothing else changes.
+CREATE FUNCTION external_agents_note_uses(ids uuid[], moments timestamptz[]) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = SCHEMA, pg_temp AS $$
+    UPDATE api_keys SET last_used_at = used.at
+    FROM (
+        -- Locked in the order of their ids: other processes note uses of the same keys. What has changed by then is
+        -- judged anew.
+        SELECT key.id, use.at
+        FROM unnest(ids, moments) AS use (id, at) JOIN api_keys AS key ON key.id = use.id
+        WHERE key.last_used_at IS NULL OR key.last_used_at < date_trunc('hour', use.at, 'UTC')
+        ORDER BY key.id FOR NO KEY UPDATE OF key
+    ) AS used
+    WHERE api_keys.id = used.id
+$$;
+
+-- The ids of the secret keys that something hangs on, each with those that would do as well; of rows nothing.
+CREATE FUNCTION external_agents_needed_keys() RETURNS SETOF text[]
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = SCHEMA, pg_temp AS $$
+DECLARE
+    needed text := '';
+BEGIN
+    -- One step along the index for each key, and not one for each row.
+    LOOP
+        SELECT min(key_id) INTO needed FROM external_agent_secrets WHERE key_id > needed;
+        EXIT WHEN needed IS NULL;
+        RETURN NEXT ARRAY[needed];
+    END LOOP;
+    needed := '';
+    LOOP
+        SELECT min(hash_key_id) INTO needed FROM api_keys WHERE revoked_at IS NULL AND hash_key_id > needed;
+        EXIT WHEN needed IS NULL;
+        -- An API key that is revoked or has expired needs no key any more.
+        IF EXISTS (
+            SELECT FROM api_keys WHERE hash_key_id = needed AND revoked_at IS NULL
+                AND (expires_at IS NULL OR expires_at > clock_timestamp())
+        ) THEN
+            RETURN NEXT needed || ARRAY(SELECT key_id FROM api_key_hash_keys WHERE hash_key_id = needed);
+        END IF;
+    END LOOP;
+END
+$$;
+
 -- Which organisations own the first invocations that an instance has running; of them their ids alone.
 CREATE FUNCTION external_agents_running_organisations(instance uuid, at_most integer) RETURNS text[]
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = SCHEMA, pg_temp AS $$
@@ -89,5 +131,5 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON FUNCTION external_agents_api_keys, external_agents_running_organisations,
-    external_agents_forget_instance, external_agents_clear_idempotency_keys, external_agents_add_partition FROM PUBLIC;
+REVOKE ALL ON FUNCTION external_agents_api_keys, external_agents_note_uses, external_agents_needed_keys,
+    external_agents_running_organisations, external_agents_forget_instance, external_agents_clear_idempotency_keys, external_agents_add_partition FROM PUBLIC;
