@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import attrs
@@ -10,8 +11,9 @@ import pytest
 from psycopg import sql
 
 from agents import Agent
+from key_rotation import secret_keys
 from postgres_server import PostgresServer, as_role, dsn
-from serve import API, agent_document, agent_in_thread, bearer, home_folder, is_problem, rows, run, serving
+from serve import API, agent_document, agent_in_thread, bearer, eventually, home_folder, is_problem, rows, run, serving
 
 SECRET_KEYS = f"k1:{'A' * 43}="
 
@@ -79,8 +81,50 @@ def test_two_organisations_on_a_confined_service(estate: Estate, agent: Agent) -
         assert "sees one organisation at a time" in checked.stdout
         assert "3 accounts equal the sums of 3 invocations" in checked.stdout
         alone = {name: text for name, text in estate.env.items() if name != "MIGRATION_DATABASE_URL"}
-        assert "only the owner of the tables" in run("check", home=home, env=alone).stdout
+        assert run("check", home=home, env=alone).stdout.count("only the owner of the tables") == 2
     assert rows(estate.owner_url, "SELECT count(*) FROM external_agent_invocations") == [{"count": 3}]
+
+
+def test_secret_keys_are_changed_over_all_organisations(estate: Estate, agent: Agent) -> None:
+    old, both, new = ({**estate.env, "SECRET_KEYS": secret_keys(*ids)} for ids in (("k1",), ("k2", "k1"), ("k2",)))
+    alone = {name: text for name, text in both.items() if name != "MIGRATION_DATABASE_URL"}
+    with home_folder() as home:
+        run("migrate", home=home, env=old)
+        keys = [
+            run("keys", "create", "--org", org, "--subject", "s", home=home, env=old).stdout.strip()
+            for org in ("acme", "other")
+        ]
+        with serving(home, env=new) as serve, serve.client(keys[0]) as acme, serve.client(keys[1]) as other:
+            assert "k1" in acme.get("/readyz").json()["checks"]["keys"]
+            assert acme.get(API).status_code == 401
+            document = json.dumps(agent_document(agent.url, auth_type="bearer", auth_config={"token": "entrusted"}))
+            for org in ("acme", "other"):
+                made = run("agents", "create", "--org", org, document, home=home, env=old)
+                assert made.returncode == 0, made.stderr
+            missed = run("check", home=home, env={**alone, "SECRET_KEYS": new["SECRET_KEYS"]})
+            assert missed.returncode == 1
+            assert "the secret key k1 is in use and not configured" in missed.stdout
+            for env, told in (
+                (alone, "set EXTERNAL_AGENTS_MIGRATION_DATABASE_URL"),
+                ({**both, "MIGRATION_DATABASE_URL": both["DATABASE_URL"]}, "name the owner's there"),
+            ):
+                refused = run("keys", "rewrap", home=home, env=env)
+                assert (refused.returncode, refused.stdout) == (1, "")
+                assert told in refused.stderr
+            done = json.loads(run("keys", "rewrap", "--json", home=home, env=both).stdout)
+            assert (done["resealed"], done["retirable"]) == (2, ["k1"])
+            assert done["after"] == {"k2": {"secrets": 2, "api_keys": 2}, "k1": {"secrets": 0, "api_keys": 0}}
+            eventually(lambda: acme.get("/readyz").status_code == 200, 30)
+            for user in (acme, other):
+                eventually(lambda user=user: user.get(API).status_code == 200, 30)  # type: ignore[misc]
+                [made_agent] = user.get(API).json()["items"]
+                assert user.post(f"{API}/{made_agent['id']}/invoke", json=1).status_code == 200
+        checked = run("check", home=home, env=new)
+        assert checked.returncode == 0, checked.stdout
+        assert "by secret key: k2: 2 secrets, 2 API keys" in checked.stdout
+        for org in ("acme", "other"):
+            [listed] = json.loads(run("keys", "list", "--org", org, "--json", home=home, env=new).stdout)["items"]
+            assert listed["last_used_at"] is not None
 
 
 def test_a_role_that_row_security_would_not_hold_does_not_serve(estate: Estate) -> None:

@@ -33,7 +33,7 @@ from external_agents.domain.invocation import InvocationStatus
 from external_agents.ports.identity import ApiKey
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S
 from external_agents.testing.builders import conclude, make_agent, make_finished_call, make_request
-from grouped import watched
+from grouped import until, watched
 from postgres_server import PostgresServer, ShiftedClock, as_role, dsn
 
 ACME, OTHER = "acme", "other"
@@ -90,6 +90,8 @@ async def furnish(engine: AsyncEngine) -> None:
         await ledger.settle(conclude(first))
         await ledger.admit(make_request(agent))
         await PostgresApiKeys(engine).add(api_key(org_id))
+    pool: Any = engine.pool
+    await until(lambda: pool.checkedout() == 0)  # Group commit holds its connection for a moment longer.
 
 
 class Hostile:
