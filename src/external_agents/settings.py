@@ -159,8 +159,8 @@ class Settings:
         jwt_jwks_url: Where the issuer publishes its keys.
         policy_dir: None: the packaged Cedar policies alone.
         metrics_address: Where `/metrics` is shown instead of at the API's address; None: there.
-        migration_database_url: The owner's connection for migrations; None: that of `database_url`, which is then one
-            role for everything.
+        migration_database_url: The owner's connection, for migrations and what spans organisations; None: that of
+            `database_url`, which is then one role for everything.
         row_security: The role of `database_url` does not own the tables, and sees the rows of one organisation at a
             time.
     """
