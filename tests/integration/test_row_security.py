@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, LiteralString
+from urllib.parse import quote
 from uuid import UUID, uuid4
 
 import attrs
@@ -32,6 +33,7 @@ from external_agents.domain.errors import ConfigurationError, Unavailable
 from external_agents.domain.invocation import InvocationStatus
 from external_agents.ports.identity import ApiKey
 from external_agents.ports.ledger import HEARTBEAT_S, LEASE_S
+from external_agents.ports.repositories import AgentQuery, InvocationQuery
 from external_agents.testing.builders import conclude, make_agent, make_finished_call, make_request
 from grouped import until, watched
 from postgres_server import PostgresServer, ShiftedClock, as_role, dsn
@@ -465,6 +467,42 @@ class TestTheService:
         await store.add(key)
         for found in (await store.find(key.id), await store.list(ACME)):
             assert [(one.id, one.sealed_hash_key) for one in found] == [(key.id, b"sealed")]
+
+    async def test_whoever_waits_gets_an_answer_in_time(self, owner_url: str, role: str, engine: AsyncEngine) -> None:
+        """By the client's own clock: the server's limits are lifted, and another one holds every table."""
+        await furnish(engine)
+        unlimited = f"{as_role(owner_url, role)}&options={quote('-c lock_timeout=0 -c statement_timeout=0')}"
+        patient = create_engine(unlimited, pool_size=20, row_security=True)
+        agents = PostgresAgents(patient, key_id_of=lambda envelope: "k1")
+        reader, store = PostgresInvocations(patient), PostgresApiKeys(patient)
+        agent, now, of_acme = make_agent(org_id=ACME), datetime.now(UTC), AgentQuery(org_id=ACME)
+        with psycopg.connect(dsn(owner_url)) as owner:
+            for table in [*FILLED, "api_key_hash_keys"]:
+                owner.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.Identifier(table)))
+            waited_for = (
+                agents.read(ACME, agent.id),
+                agents.count(of_acme),
+                agents.list(of_acme, offset=0, limit=1),
+                agents.create(agent),
+                agents.update(attrs.evolve(agent, version=2)),
+                reader.exists(ACME, uuid4()),
+                reader.count(InvocationQuery(org_id=ACME)),
+                PostgresLedger(patient, uuid4()).record(make_finished_call(agent)),
+                PostgresLedger(patient, uuid4()).forecast(ACME, agent.id),
+                store.add(api_key(ACME)),
+                store.find(uuid4()),
+                store.list(ACME),
+                store.revoke(uuid4(), now),
+                store.note_uses({uuid4(): now}),
+                PostgresEnvelopes(patient, key_id_of=lambda envelope: "k1").key_ids(),
+            )
+            async with asyncio.timeout(60):
+                answers = await asyncio.gather(*waited_for, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {Unavailable}, answers
+        assert await agents.count(of_acme) == 1
+        async with reading(patient).connect() as connection:
+            assert await connection.scalar(text("SELECT count(*) FROM external_agents")) == 0
+        await patient.dispose()
 
     async def test_uses_of_api_keys_are_noted_over_organisations(self, engine: AsyncEngine) -> None:
         store = PostgresApiKeys(engine)
