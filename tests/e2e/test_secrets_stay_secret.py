@@ -34,7 +34,7 @@ PLATFORMS: dict[str, dict[str, Any]] = {
     "telegram": {"bot_token": f"12345:{CANARY}-telegram", "chat_id": MARK},
     "notion": {"token": f"{CANARY}-notion", "database_id": MARK},
 }
-SIGNING = [f"whsec_{CANARY}{letter * 26}" for letter in "AB"]
+SIGNING = ["whsec_" + base64.b64encode(f"{CANARY}-{letter}".encode()).decode() for letter in "AB"]
 """The second in place of the first, which then stands beside it."""
 WRONG: list[dict[str, Any]] = [
     {"auth_type": "api_key", "auth_config": {"key": f"{CANARY}\n-line", "header_name": "X-API-Key"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import Any
 
@@ -19,6 +20,9 @@ schemathesis.openapi.format("header-name", st.from_regex(r"X-Fuzz-[A-Za-z0-9]{1,
 schemathesis.openapi.format("header-value", st.text(_VISIBLE, min_size=1, max_size=50))
 schemathesis.openapi.format("user-id", _PRINTABLE.filter(lambda text: ":" not in text))
 schemathesis.openapi.format("printable", _PRINTABLE)
+schemathesis.openapi.format(
+    "signing-secret", st.binary(min_size=24, max_size=64).map(lambda key: "whsec_" + base64.b64encode(key).decode())
+)
 schemathesis.openapi.format("amount", st.from_regex(r"[1-9][0-9]{0,11}(\.[0-9]{1,9})?", fullmatch=True))
 
 

@@ -14,7 +14,7 @@ from serve import home_folder, run
 
 COMMANDS = [
     *(["serve"], ["migrate"], ["check"], ["invoke"]),
-    *(["keys", name] for name in ("create", "list", "revoke")),
+    *(["keys", name] for name in ("create", "list", "revoke", "rewrap")),
     *(["agents", name] for name in ("create", "list", "show", "update", "delete", "usage")),
     *(["invocations", name] for name in ("list", "show")),
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 from agents import Agent
 from external_agents.adapters.rest import API_PREFIX, create_app
@@ -37,8 +39,14 @@ def decisions(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any
 
 
 @pytest.fixture(autouse=True)
-def all_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def all_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """By the library's own logging, which takes the place of structlog where nobody has configured that."""
+    was_configured, configuration = structlog.is_configured(), structlog.get_config()
+    structlog.reset_defaults()
     caplog.set_level("DEBUG", logger=LOGGER)
+    yield
+    if was_configured:
+        structlog.configure(**configuration)
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

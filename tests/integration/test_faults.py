@@ -380,9 +380,14 @@ def fill(file: Path) -> None:
 
 
 def until_no_page_has_room(scene: Scene) -> None:
-    """Pages that exist already take some rows yet."""
-    with scene.client() as client:
-        eventually(lambda: {call(client, scene).status_code for call in (invoke, create)} == {503}, 30.0, every_s=0.0)
+    """Pages that exist already take some rows yet, and every connection of the server has its own."""
+
+    def status(call: Call) -> int:
+        with scene.client() as client:
+            return call(client, scene).status_code
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        eventually(lambda: set(pool.map(status, (invoke, create) * 16)) == {503}, 30.0, every_s=0.0)
 
 
 def test_an_unknown_key_is_refused_without_the_database(scene: Scene) -> None:
