@@ -258,6 +258,24 @@ class Workbench:
             yield Variant.on(site, self, "ours", server)
 
     @contextmanager
+    def confined(self, site: Site) -> Iterator[Variant]:
+        """The same with a role that does not own the tables, under row security."""
+        self._made += 1
+        name = f"benchmark_role_{self._made}"
+        role = sql.Identifier(name)
+        self._administer(sql.SQL("CREATE ROLE {} LOGIN").format(role))
+        try:
+            migrate(site.url, name)
+            url = make_url(site.url).set(username=name).render_as_string(hide_password=False)
+            env = {**site.env, f"{PREFIX}_DATABASE_URL": url, f"{PREFIX}_ROW_SECURITY": "on"}
+            with self._gunicorn("confined", APP, env) as server:
+                yield Variant.on(site, self, "confined", server)
+        finally:
+            with self.connect(site.url) as connection:
+                connection.execute(sql.SQL("DROP OWNED BY {}").format(role))
+            self._administer(sql.SQL("DROP ROLE {}").format(role))
+
+    @contextmanager
     def whole_serve(self, site: Site) -> Iterator[Variant]:
         """The command `external-agents serve`, so with its supervisor."""
         log = self._log("serve")

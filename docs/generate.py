@@ -380,6 +380,7 @@ _TAKEN = {
     "max_body_bytes": "{:,} to {:,}".format(*MAX_BODY_BYTES_BOUNDS),
     "log_format": " ".join(map(code, LOG_FORMATS)),
     "log_level": " ".join(map(code, LOG_LEVELS)),
+    "row_security": "`off` `on`",
     "metrics_address": "`host:port` `[IPv6]:port`",
 }
 

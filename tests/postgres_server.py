@@ -76,6 +76,16 @@ class PostgresServer:
         finally:
             self.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
+    @contextmanager
+    def role(self) -> Iterator[str]:
+        """The name of a new role that may log in, and no more. Its databases must be gone before the end."""
+        name = f"role_{uuid4().hex}"
+        self.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        try:
+            yield name
+        finally:
+            self.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
+
     def crash(self) -> None:
         """Without a word: kill -9. Its children end by themselves."""
         left = self._pids()
@@ -218,6 +228,11 @@ def dsn(url: str) -> str:
     return url.replace("+psycopg", "")
 
 
+def as_role(url: str, role: str) -> str:
+    """The URL for another role than the one that owns everything."""
+    return url.replace(f"://{USER}@", f"://{role}@", 1)
+
+
 async def wait_for_lock(url: str, waiters: int = 1) -> None:
     """Until so many statements in the database wait for a lock."""
     waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -233,10 +248,24 @@ _SHIFTED = """
     CREATE SCHEMA shifted;
     CREATE TABLE shifted.clock (shift interval NOT NULL, server_started_at timestamptz NOT NULL);
     INSERT INTO shifted.clock VALUES ('0', pg_postmaster_start_time() - interval '1 hour');
+    GRANT USAGE ON SCHEMA shifted TO PUBLIC;
+    GRANT SELECT ON shifted.clock TO PUBLIC;
     CREATE FUNCTION shifted.clock_timestamp() RETURNS timestamptz VOLATILE
         RETURN pg_catalog.clock_timestamp() + (SELECT shift FROM shifted.clock);
     CREATE FUNCTION shifted.pg_postmaster_start_time() RETURNS timestamptz STABLE
         RETURN (SELECT server_started_at FROM shifted.clock);
+    DO $$
+    DECLARE
+        function regprocedure;
+    BEGIN
+        -- Those that run as the tables' owner have a search path of their own.
+        FOR function IN
+            SELECT oid FROM pg_proc WHERE prosecdef AND pronamespace = 'public'::regnamespace
+        LOOP
+            EXECUTE format('ALTER FUNCTION %s SET search_path = shifted, pg_catalog, public', function);
+        END LOOP;
+    END
+    $$;
 """
 
 

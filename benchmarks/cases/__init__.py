@@ -8,7 +8,7 @@ from benchmarks.cases.fairness import fairness
 from benchmarks.cases.latency import one_connection
 from benchmarks.cases.rows import full_table, row_size
 from benchmarks.cases.storm import storm
-from benchmarks.cases.throughput import hot, redis, spread
+from benchmarks.cases.throughput import hot, redis, roles, spread
 from benchmarks.judging import Outcome
 from benchmarks.workbench import Workbench
 
@@ -16,6 +16,7 @@ CASES: Mapping[str, Callable[[Workbench], Outcome]] = {
     "hot": hot,
     "spread": spread,
     "redis": redis,
+    "roles": roles,
     "one": one_connection,
     "storm": storm,
     "fairness": fairness,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from benchmarks.judging import Bound, Finding, Outcome
 from benchmarks.processes import redis_program
-from benchmarks.workbench import Round, Workbench, interleaved, median_rate, outcome
+from benchmarks.workbench import WARM_UP_S, Round, Workbench, interleaved, median_rate, outcome
 from external_agents.settings import Settings
 
 CONNECTIONS = 64
@@ -68,6 +69,25 @@ def redis(bench: Workbench) -> Outcome:
         interleaved(bench, in_redis, in_postgres, connections=CONNECTIONS)
         bench.profile(in_redis, connections=CONNECTIONS)
         return outcome([ratio("redis", what, in_redis.rounds, in_postgres.rounds, bound)], in_redis, in_postgres)
+
+
+def roles(bench: Workbench) -> Outcome:
+    """A role confined by row security, over one that owns the tables: one agent, and 1,000 in 50 organisations."""
+    findings, variants = [], []
+    with ExitStack() as stack:
+        for what, orgs, agents_each in (
+            ("one agent", 1, 1),
+            (f"{ORGS * AGENTS_EACH:,} agents in {ORGS} organisations", ORGS, AGENTS_EACH),
+        ):
+            sites = [stack.enter_context(bench.site(orgs=orgs, agents_each=agents_each)) for _ in range(2)]
+            owning, confined = stack.enter_context(bench.ours(sites[0])), stack.enter_context(bench.confined(sites[1]))
+            owning.name, confined.name = f"{what}, owner", f"{what}, row security"
+            warm_up_s = ACQUAINTANCE_S if orgs > 1 else WARM_UP_S
+            interleaved(bench, confined, owning, connections=CONNECTIONS, warm_up_s=warm_up_s)
+            bound = Bound(floor=0.80, aim=0.95)
+            findings.append(ratio("roles", f"{what}, row security over none", confined.rounds, owning.rounds, bound))
+            variants += [confined, owning]
+        return outcome(findings, *variants)
 
 
 def _missing_for_redis() -> str | None:

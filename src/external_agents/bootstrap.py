@@ -27,13 +27,15 @@ from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.api_keys import PostgresApiKeys
 from external_agents.adapters.postgres.embedded import attached, default_home, make_home, running_url
 from external_agents.adapters.postgres.embedded.home import unusable
-from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.engine import connected, create_engine
 from external_agents.adapters.postgres.envelopes import PostgresEnvelopes
 from external_agents.adapters.postgres.idempotency import clear_expired
 from external_agents.adapters.postgres.invocations import PostgresInvocations
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.adapters.postgres.partitions import keep_partitions
 from external_agents.adapters.postgres.readiness import check
+from external_agents.adapters.postgres.roles import sees_all
+from external_agents.adapters.postgres.row_security import is_on
 from external_agents.adapters.postgres.schema import migrate
 from external_agents.adapters.redis import RedisCheck, RedisConnection, RedisRateLimiter
 from external_agents.adapters.rest.app import create_app
@@ -99,13 +101,14 @@ class Installation:
 
 
 async def database_readiness(engine: AsyncEngine) -> dict[str, str | None]:
-    """`database` and `schema`, and what is wrong with each, or None."""
+    """`database` and `schema`, with row security also `role`, and what is wrong with each, or None."""
     state = await check(engine)
     schema = "the schema is not the newest: run external-agents migrate" if not state.schema else None
     fault = None if state.database else "the database cannot be reached"
     return {
         "database": fault if state.disk else "the database has no disk space left",
         "schema": schema if state.database else "unknown: the database cannot be reached",
+        **({"role": state.role} if is_on(engine) else {}),
     }
 
 
@@ -154,11 +157,16 @@ async def open_installation(
     key_ring = load_key_ring(settings)
     limiter = None if settings.redis_url is None else RedisRateLimiter(redis_connection(settings.redis_url))
     redis = None if settings.redis_url is None else RedisCheck(redis_connection(settings.redis_url))
-    engine = create_engine(database_url)
+    engine = await _engine_of_role(settings, database_url)
     agents = PostgresAgents(engine, key_id_of=envelope_key_id)
     # One connection a group of shards, and as many as ever for what does not go in groups.
     endings_size = ENDINGS_POOL_SIZE + min(settings.shard_groups, SHARED_CONNECTIONS_MAX) - 1
-    endings = create_engine(database_url, pool_size=endings_size, pool_wait_s=ENDINGS_POOL_WAIT_S)
+    endings = create_engine(
+        database_url,
+        pool_size=endings_size,
+        pool_wait_s=ENDINGS_POOL_WAIT_S,
+        row_security=settings.row_security,
+    )
     postgres_ledger = make_ledger(
         engine, ids.new_id(), endings=endings, shard_groups=settings.shard_groups, observe=observability
     )
@@ -349,8 +357,43 @@ def load_key_ring(settings: Settings) -> KeyRing:
     return KeyRing.load_or_create(home / "secret-keys")
 
 
+def require_role(settings: Settings, fault: str | None) -> None:
+    """
+    Raises:
+        ConfigurationError: There is a fault of the database's role.
+    """
+    if fault is not None:
+        on_off = "on" if settings.row_security else "off"
+        raise ConfigurationError(f"{variable_of('row_security')} is {on_off}, but {fault}.")
+
+
+@asynccontextmanager
+async def engine_of_owner(settings: Settings, database_url: str) -> AsyncIterator[AsyncEngine]:
+    """
+    For what spans organisations, as whoever owns the tables: the role of `database_url`, if no other does.
+
+    Raises:
+        ConfigurationError: There is row security, and it would hide what is looked for.
+        Unavailable: The database cannot be reached.
+    """
+    owner = variable_of("migration_database_url")
+    if settings.row_security and settings.migration_database_url is None:
+        raise ConfigurationError(
+            f"{variable_of('row_security')} is on, so that this role sees one organisation at a time: "
+            f"set {owner} to the connection of the owner of the tables."
+        )
+    engine = create_engine(settings.migration_database_url or database_url)
+    try:
+        async with connected(engine) as connection:
+            if not await connection.run_sync(sees_all):
+                raise ConfigurationError(f"Row security hides rows from the role of {owner}: name the owner's there.")
+        yield engine
+    finally:
+        await engine.dispose()
+
+
 def key_rotation(settings: Settings, engine: AsyncEngine, key_ring: KeyRing, catalog: Catalog) -> KeyRotation:
-    """What hangs on which secret key, and moving it to the first."""
+    """What hangs on which secret key, and moving it to the first; with row security only which keys are missing."""
     secret_box = AesGcmSecretBox(key_ring)
     return KeyRotation(
         store=PostgresEnvelopes(engine, key_id_of=envelope_key_id),
@@ -394,6 +437,15 @@ def _running_database_url(settings: Settings) -> str:
             f"No embedded database runs on {home}: start `external-agents serve`, or set {variable_of('database_url')}."
         )
     return url
+
+
+async def _engine_of_role(settings: Settings, database_url: str) -> AsyncEngine:
+    """With row security its role is looked at first. An outage is none of its faults: readiness looks again."""
+    engine = create_engine(database_url, row_security=settings.row_security)
+    if settings.row_security and (fault := (await check(engine)).role) is not None:
+        await engine.dispose()
+        require_role(settings, fault)
+    return engine
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[object]], what: str) -> None:

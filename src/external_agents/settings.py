@@ -87,6 +87,12 @@ def _choice(text: str | None, *, choices: tuple[str, ...]) -> str | None:
     return text and text.lower()
 
 
+def _switch(text: str) -> bool:
+    if text.lower() not in {"off", "on"}:
+        raise ValueError("must be off or on")
+    return text.lower() == "on"
+
+
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser().absolute()
 
@@ -153,6 +159,10 @@ class Settings:
         jwt_jwks_url: Where the issuer publishes its keys.
         policy_dir: None: the packaged Cedar policies alone.
         metrics_address: Where `/metrics` is shown instead of at the API's address; None: there.
+        migration_database_url: The owner's connection, for migrations and what spans organisations; None: that of
+            `database_url`, which is then one role for everything.
+        row_security: The role of `database_url` does not own the tables, and sees the rows of one organisation at a
+            time.
     """
 
     database_url: str | None = environ.var(None, converter=_database_url, help="an external PostgreSQL")
@@ -178,6 +188,10 @@ class Settings:
     metrics_address: ListenAddress | None = environ.var(
         None, converter=_listen_address, help="host:port where /metrics is shown instead of at the API's address"
     )
+    migration_database_url: str | None = environ.var(
+        None, converter=_database_url, help="the owner's connection for migrate, when serve uses a lesser role"
+    )
+    row_security: bool = environ.var("off", converter=_switch, help="off or on: row-level security")
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -191,6 +205,7 @@ class Settings:
         faults = [fault for field in _fields(cls) if (fault := _fault(cls, field, given))]
         faults += _egress_faults(given.get(variable_of("egress_allow"), ""), EgressPolicy.parse)
         faults += _egress_faults(given.get(variable_of("egress_ports"), ""), partial(EgressPolicy.parse, ""))
+        faults += _role_faults(given)
         faults += _jwt_faults({field: given.get(variable_of(field)) for field in JWT_FIELDS})
         if faults:
             raise ConfigurationError("; ".join(faults))
@@ -242,6 +257,15 @@ def _fault(settings: type[Settings], field: str, given: Mapping[str, str]) -> st
     except ValueError as error:
         return f"{variable} {error}"
     return None
+
+
+def _role_faults(given: Mapping[str, str]) -> Iterator[str]:
+    """The embedded database has one role, which owns the tables."""
+    if variable_of("database_url") in given:
+        return
+    for name in (variable_of("migration_database_url"), variable_of("row_security")):
+        if given.get(name, "off").lower() != "off":
+            yield f"{name} needs {variable_of('database_url')}, with a role that does not own the tables"
 
 
 def _egress_faults(words: str, parse: Callable[[str], object]) -> Iterator[str]:

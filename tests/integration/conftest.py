@@ -14,10 +14,11 @@ from agents import Agent
 from external_agents.adapters.postgres.agents import PostgresAgents
 from external_agents.adapters.postgres.engine import create_engine
 from external_agents.adapters.postgres.ledger import PostgresLedger
+from external_agents.adapters.postgres.schema import migrate
 from external_agents.adapters.rest import create_app
 from external_agents.bootstrap import Installation, open_installation
 from external_agents.settings import Settings
-from postgres_server import OpenEngine, PostgresServer, ShiftedClock
+from postgres_server import OpenEngine, PostgresServer, ShiftedClock, as_role
 from two_organisations import CANARY, World
 
 SETTINGS = {"SECRET_KEYS": "k1:MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=", "EGRESS_ALLOW": "loopback"}
@@ -58,16 +59,19 @@ def shifted_clock(postgres_url: str) -> ShiftedClock:
     return ShiftedClock(postgres_url)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["one role", "two roles"])
 async def installed(
-    postgres_server: PostgresServer, postgres_url_template: str
+    request: pytest.FixtureRequest, postgres_server: PostgresServer, postgres_url_template: str
 ) -> AsyncIterator[tuple[Installation, httpx.AsyncClient, str]]:
-    """One installation for all tests here: each has organisations of its own."""
-    environment = {f"EXTERNAL_AGENTS_{name}": text for name, text in SETTINGS.items()}
-    with postgres_server.database(postgres_url_template) as name:
+    """One installation for all tests here, with row security and without: each test has organisations of its own."""
+    with postgres_server.role() as role, postgres_server.database(postgres_url_template) as name:
         url = postgres_server.url(name)
-        settings = Settings.from_env({**environment, "EXTERNAL_AGENTS_DATABASE_URL": url})
-        async with open_installation(settings, url) as installation:
+        environment = {**SETTINGS, "DATABASE_URL": url}
+        if request.param == "two roles":
+            migrate(url, role)
+            environment |= {"DATABASE_URL": as_role(url, role), "ROW_SECURITY": "on"}
+        settings = Settings.from_env({f"EXTERNAL_AGENTS_{name}": text for name, text in environment.items()})
+        async with open_installation(settings, environment["DATABASE_URL"]) as installation:
             app = create_app(installation.service, authenticator=installation.authenticator)
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api.test") as client:
                 yield installation, client, url

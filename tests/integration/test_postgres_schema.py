@@ -24,7 +24,7 @@ AGENT_ROW = """{
     "updated_by": "tester", "created_at": "2026-03-10T12:00:00Z", "updated_at": "2026-03-10T12:00:00Z", "version": 1,
     "name_folded": "x", "description_folded": "", "previous_signing_secret_until": "2026-03-11T12:00:00Z"
 }"""
-ALL = ["0001 Foundation", "0002 Group commit", "0003 Signing secrets", "0004 Keys"]
+ALL = ["0001 Foundation", "0002 Group commit", "0003 Signing secrets", "0004 Keys", "0005 Row security"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -12,14 +13,17 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from external_agents.adapters.abac import CedarPolicies
 from external_agents.adapters.identity.jwt import JwksEndpoint, KeySet, KeySetUnavailable
 from external_agents.adapters.postgres.audit import BudgetAudit, audit_budgets
-from external_agents.adapters.postgres.engine import create_engine
+from external_agents.adapters.postgres.engine import connected, create_engine
+from external_agents.adapters.postgres.roles import fault_of_role
 from external_agents.adapters.redis import RedisCheck, RedisReadiness
 from external_agents.adapters.redis.readiness import REQUIRED
 from external_agents.adapters.rest.metrics_server import shows_metrics
+from external_agents.application.key_rotation import KeyRotation
 from external_agents.bootstrap import (
     database,
     database_readiness,
     discover_catalog,
+    engine_of_owner,
     home_folder,
     key_rotation,
     keys_readiness,
@@ -30,6 +34,8 @@ from external_agents.bootstrap import (
 from external_agents.domain.budget import BudgetAccount
 from external_agents.domain.errors import ExternalAgentsError
 from external_agents.settings import PREFIX, ListenAddress, Settings, TokenIssuer, variable_of
+
+_Finding: TypeAlias = tuple[str, bool, str]
 
 
 def check() -> None:
@@ -46,7 +52,7 @@ def check() -> None:
     raise typer.Exit(0 if all(good for _, good, _ in findings) else 1)
 
 
-def _findings() -> Iterator[tuple[str, bool, str]]:
+def _findings() -> Iterator[_Finding]:
     try:
         settings = Settings.from_env()
     except ExternalAgentsError as error:
@@ -71,7 +77,7 @@ def _findings() -> Iterator[tuple[str, bool, str]]:
         yield "database", False, str(error)
 
 
-def _metrics_finding(settings: Settings, address: ListenAddress) -> tuple[str, bool, str]:
+def _metrics_finding(settings: Settings, address: ListenAddress) -> _Finding:
     if shows_metrics(address.host, address.port):
         return "metrics", True, f"shown at {address}"
     return _finding("metrics", lambda: _metrics_address_is_free(settings))
@@ -82,7 +88,7 @@ def _metrics_address_is_free(settings: Settings) -> str:
         return f"nobody listens at {settings.metrics_address} yet: `external-agents serve` will"
 
 
-def _jwt_finding(issuer: TokenIssuer) -> tuple[str, bool, str]:
+def _jwt_finding(issuer: TokenIssuer) -> _Finding:
     try:
         keys: KeySet = asyncio.run(JwksEndpoint(issuer.jwks_url).fetch())
     except KeySetUnavailable as outage:
@@ -94,7 +100,7 @@ def _jwt_finding(issuer: TokenIssuer) -> tuple[str, bool, str]:
     return "jwt", True, f"{issuer.name}, for {issuer.audience}: {usable}{skipped}"
 
 
-def _redis_finding(url: str) -> tuple[str, bool, str]:
+def _redis_finding(url: str) -> _Finding:
     try:
         state = asyncio.run(_redis_readiness(url))
     except ExternalAgentsError as error:
@@ -117,48 +123,72 @@ async def _redis_readiness(url: str) -> RedisReadiness:
         await check.aclose()
 
 
-def _database_findings(settings: Settings) -> Iterator[tuple[str, bool, str]]:
+def _database_findings(settings: Settings) -> Iterator[_Finding]:
     with database(settings) as url:
         state, keys, audit = asyncio.run(_look(settings, url))
         where = "external" if settings.database_url else f"embedded, under {home_folder(settings)}"
         if outage := state["database"]:
             state["database"] = f"{outage}: start it, or mend {variable_of('database_url')}"
+        confined = "sees one organisation at a time" if settings.row_security else "owns the tables"
+        good = {"database": where, "schema": "up to date", "role": confined}
         for name, reason in state.items():
-            yield name, reason is None, reason or (where if name == "database" else "up to date")
+            yield name, reason is None, reason or good[name]
     yield from keys
     if audit is not None:
         yield from _budget_findings(audit)
+    elif _knows_no_owner(settings) and not any(state.values()):
+        why = f"only the owner of the tables can, and {variable_of('migration_database_url')} is not set"
+        yield "secrets", True, f"not counted: {why}"
+        yield "budgets", True, f"not compared: {why}"
 
 
-async def _look(
-    settings: Settings, url: str
-) -> tuple[dict[str, str | None], list[tuple[str, bool, str]], BudgetAudit | None]:
-    engine = create_engine(url)
+async def _look(settings: Settings, url: str) -> tuple[dict[str, str | None], list[_Finding], BudgetAudit | None]:
+    engine = create_engine(url, row_security=settings.row_security)
     try:
         state = await database_readiness(engine)
+        if not any(state.values()):
+            async with connected(engine) as connection:
+                state["role"] = await connection.run_sync(fault_of_role, row_security=settings.row_security)
         if any(state.values()):
             return state, [], None
-        return state, await _key_findings(settings, engine), await audit_budgets(engine)
+        missing = await _missing_keys(settings, engine)
     finally:
         await engine.dispose()
+    if _knows_no_owner(settings):
+        return state, missing, None
+    async with engine_of_owner(settings, url) as engine:
+        return state, [*await _key_uses(settings, engine), *missing], await audit_budgets(engine)
 
 
-async def _key_findings(settings: Settings, engine: AsyncEngine) -> list[tuple[str, bool, str]]:
-    try:
-        rotation = key_rotation(settings, engine, load_key_ring(settings), discover_catalog())
-    except ExternalAgentsError:
-        return []  # What is wrong with the keys, or the catalog, is told already.
+def _knows_no_owner(settings: Settings) -> bool:
+    """Whoever sees one organisation at a time cannot compare or count over them all."""
+    return settings.row_security and settings.migration_database_url is None
+
+
+async def _key_uses(settings: Settings, engine: AsyncEngine) -> list[_Finding]:
+    if (rotation := _rotation(settings, engine)) is None:
+        return []
     uses = "; ".join(
         f"{key_id}: {use.secrets:,} secrets, {use.api_keys:,} API keys"
         for key_id, use in (await rotation.uses()).items()
     )
-    found = [("secrets", True, f"by secret key: {uses}")]
-    if missing := await keys_readiness(rotation):
-        found.append(("secrets", False, missing))
-    return found
+    return [("secrets", True, f"by secret key: {uses}")]
 
 
-def _budget_findings(audit: BudgetAudit) -> Iterator[tuple[str, bool, str]]:
+async def _missing_keys(settings: Settings, engine: AsyncEngine) -> list[_Finding]:
+    rotation = _rotation(settings, engine)
+    missing = None if rotation is None else await keys_readiness(rotation)
+    return [] if missing is None else [("secrets", False, missing)]
+
+
+def _rotation(settings: Settings, engine: AsyncEngine) -> KeyRotation | None:
+    try:
+        return key_rotation(settings, engine, load_key_ring(settings), discover_catalog())
+    except ExternalAgentsError:
+        return None  # What is wrong with the keys, or the catalog, is told already.
+
+
+def _budget_findings(audit: BudgetAudit) -> Iterator[_Finding]:
     if not audit.number_off:
         yield "budgets", True, f"{audit.accounts:,} accounts equal the sums of {audit.bookings:,} invocations"
     for false in audit.named:
@@ -173,7 +203,7 @@ def _figures(account: BudgetAccount) -> str:
     return f"spent {account.spent:f}, reserved {account.reserved:f}"
 
 
-def _finding(name: str, look: Callable[[], str]) -> tuple[str, bool, str]:
+def _finding(name: str, look: Callable[[], str]) -> _Finding:
     try:
         return name, True, look()
     except ExternalAgentsError as error:

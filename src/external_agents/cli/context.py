@@ -38,10 +38,14 @@ AgentArgument = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's
 def with_installation(work: Callable[[Installation], Awaitable[T]]) -> T:
     """Carry out `work` on the database of the settings: beside a running `serve`, or starting and stopping it."""
     settings = Settings.from_env()
-    # What goes wrong, the command tells itself.
-    configure_logging(settings.log_format, settings.log_level if settings.log_level != "info" else "error")
+    quieten(settings)
     with database(settings) as url:
         return asyncio.run(_within(settings, url, work))
+
+
+def quieten(settings: Settings) -> None:
+    """The log of a command: what goes wrong, the command tells itself."""
+    configure_logging(settings.log_format, settings.log_level if settings.log_level != "info" else "error")
 
 
 def operator_of(org_id: str) -> Principal:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from external_agents.application.key_rotation import Rewrapped
-from external_agents.bootstrap import Installation
-from external_agents.cli.context import JsonOption, with_installation
+from external_agents.bootstrap import database, discover_catalog, engine_of_owner, key_rotation, load_key_ring
+from external_agents.cli.context import JsonOption, quieten
 from external_agents.cli.output import complain, show_json, show_table
 from external_agents.domain.json_values import JsonValue
 from external_agents.ports.secrets import KeyUse
-from external_agents.settings import variable_of
+from external_agents.settings import Settings, variable_of
 
 
 def rewrap(as_json: JsonOption = False) -> None:
     """
     Seal every stored secret with the first of the secret keys, and tell which of the others can be retired.
 
-    It may run beside the service, be stopped at any moment, and be begun again.
+    It may run beside the service, be stopped at any moment, and be begun again. It goes through all organisations:
+    with EXTERNAL_AGENTS_ROW_SECURITY=on it needs EXTERNAL_AGENTS_MIGRATION_DATABASE_URL.
 
     Example: external-agents keys rewrap
     """
-    done = with_installation(_rewrap)
+    settings = Settings.from_env()
+    quieten(settings)
+    with database(settings) as url:
+        done = asyncio.run(_rewrap(settings, url))
     if as_json:
         show_json(_document(done))
     else:
@@ -41,15 +47,17 @@ def rewrap(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-async def _rewrap(installation: Installation) -> Rewrapped:
-    rotation = installation.key_rotation
+async def _rewrap(settings: Settings, url: str) -> Rewrapped:
+    key_ring = load_key_ring(settings)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        first = installation.key_ring.key_ids[0]
-        older = [use.secrets for key_id, use in (await rotation.uses()).items() if key_id != first]
-        task = progress.add_task(f"sealing with {first}", total=sum(older))
-        return await rotation.rewrap(lambda looked_at: progress.advance(task, looked_at))
+    async with engine_of_owner(settings, url) as engine:
+        rotation = key_rotation(settings, engine, key_ring, discover_catalog())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            first = key_ring.key_ids[0]
+            older = [use.secrets for key_id, use in (await rotation.uses()).items() if key_id != first]
+            task = progress.add_task(f"sealing with {first}", total=sum(older))
+            return await rotation.rewrap(lambda looked_at: progress.advance(task, looked_at))
 
 
 def _show(done: Rewrapped) -> None:

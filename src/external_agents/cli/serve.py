@@ -10,9 +10,16 @@ from typing import Annotated
 import typer
 
 from external_agents.adapters.abac import CedarPolicies
-from external_agents.adapters.postgres.schema import migrate, pending
+from external_agents.adapters.postgres.schema import migrate, pending, role_fault
 from external_agents.adapters.telemetry import configure_logging
-from external_agents.bootstrap import discover_catalog, home_folder, load_key_ring, metrics_listener, redis_connection
+from external_agents.bootstrap import (
+    discover_catalog,
+    home_folder,
+    load_key_ring,
+    metrics_listener,
+    redis_connection,
+    require_role,
+)
 from external_agents.cli.dev import dev_key, first_steps
 from external_agents.domain.errors import ConfigurationError
 from external_agents.settings import Settings, variable_of
@@ -59,6 +66,8 @@ def _serve(settings: Settings, serving: Serving, metrics: socket.socket | None, 
             raise ConfigurationError(
                 f"The database's schema is behind by {len(behind)}: run external-agents migrate first."
             )
+        else:
+            require_role(settings, role_fault(database_url, row_security=settings.row_security))
         if dev:
             key.append(asyncio.run(dev_key(settings, database_url)))
 

@@ -10,7 +10,7 @@ import attrs
 from sqlalchemy import ARRAY, ColumnElement, Select, Uuid, any_, delete, func, insert, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
+from external_agents.adapters.postgres.engine import ANSWER_S, reading, reading_of, transaction
 from external_agents.adapters.postgres.rows import agent_of, agent_values, folded, windows_values
 from external_agents.adapters.postgres.tables import agents, rate_windows, secrets
 from external_agents.domain.agent import AgentStatus, ExternalAgent
@@ -46,25 +46,25 @@ class PostgresAgents(AgentReader, AgentWriter):
         self._key_id_of = key_id_of
 
     async def read(self, org_id: str, agent_id: UUID) -> ExternalAgent:
-        found = await self._select(_WHOLE_AGENTS.where(*_is(org_id, agent_id)))
+        found = await self._select(org_id, _WHOLE_AGENTS.where(*_is(org_id, agent_id)))
         if not found:
             raise AgentNotFound
         return found[0]
 
     async def list(self, query: AgentQuery, *, offset: int, limit: int) -> Sequence[ExternalAgent]:
-        return await self._page(_conditions(query), offset, limit)
+        return await self._page(query.org_id, _conditions(query), offset, limit)
 
     async def count(self, query: AgentQuery, *, text: str | None = None) -> int:
         statement = select(func.count()).select_from(agents).where(*_conditions(query, text))
-        async with connected(self._reading) as connection:
+        async with reading_of(self._reading, query.org_id) as connection:
             return await connection.scalar(statement) or 0
 
     async def exists(self, org_id: str, agent_id: UUID) -> bool:
-        async with connected(self._reading) as connection:
+        async with reading_of(self._reading, org_id) as connection:
             return await _exists(connection, org_id, agent_id)
 
     async def search(self, query: AgentQuery, text: str, *, offset: int, limit: int) -> Sequence[ExternalAgent]:
-        return await self._page(_conditions(query, text), offset, limit)
+        return await self._page(query.org_id, _conditions(query, text), offset, limit)
 
     async def create(self, agent: ExternalAgent) -> None:
         await self.bulk([agent])
@@ -80,8 +80,9 @@ class PostgresAgents(AgentReader, AgentWriter):
             return
         untouched = windows_values(RateWindows())
         windows = [{"org_id": agent.org_id, "agent_id": agent.id, **untouched} for agent in agents_]
+        org_ids = {agent.org_id for agent in agents_}
         within_s = ANSWER_S if len(agents_) == 1 else None
-        async with transaction(self._engine, within_s=within_s) as connection:
+        async with transaction(self._engine, *org_ids, within_s=within_s) as connection:
             await connection.execute(insert(agents), [agent_values(agent) for agent in agents_])
             await connection.execute(insert(rate_windows), windows)
             for agent in agents_:
@@ -93,7 +94,7 @@ class PostgresAgents(AgentReader, AgentWriter):
         )
         change = update(agents).where(*_is(agent.org_id, agent.id), agents.c.version == agent.version - 1)
         of_agent = (secrets.c.org_id == agent.org_id, secrets.c.agent_id == agent.id)
-        async with transaction(self._engine, within_s=ANSWER_S) as connection:
+        async with transaction(self._engine, agent.org_id, within_s=ANSWER_S) as connection:
             # Admissions go through the same lock, one by one and first come, first served: what they read of the
             # agent holds until they commit, and a busy agent cannot keep its owner from changing it.
             await connection.execute(gate.with_for_update())
@@ -116,12 +117,14 @@ class PostgresAgents(AgentReader, AgentWriter):
         if rows:
             await connection.execute(insert(secrets), rows)
 
-    async def _page(self, conditions: Iterator[_Condition], offset: int, limit: int) -> Sequence[ExternalAgent]:
+    async def _page(
+        self, org_id: str, conditions: Iterator[_Condition], offset: int, limit: int
+    ) -> Sequence[ExternalAgent]:
         newest_first = _WHOLE_AGENTS.where(*conditions).order_by(agents.c.id.desc())
-        return await self._select(newest_first.offset(offset).limit(limit))
+        return await self._select(org_id, newest_first.offset(offset).limit(limit))
 
-    async def _select(self, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgent]:
-        async with connected(self._reading) as connection:
+    async def _select(self, org_id: str, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgent]:
+        async with reading_of(self._reading, org_id) as connection:
             return [agent_of(row) for row in (await connection.execute(statement)).mappings()]
 
 

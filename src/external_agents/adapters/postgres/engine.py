@@ -15,6 +15,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from external_agents.adapters.postgres.driver import Connection
 from external_agents.adapters.postgres.errors import WHAT, translate_errors
+from external_agents.adapters.postgres.row_security import OPTION, confine, read_confined
 from external_agents.domain.errors import Unavailable
 
 ANSWER_S = 4.0
@@ -50,7 +51,9 @@ SERVER_SETTINGS = {
 }
 
 
-def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = POOL_WAIT_S) -> AsyncEngine:
+def create_engine(
+    url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = POOL_WAIT_S, row_security: bool = False
+) -> AsyncEngine:
     """
     An engine for the adapters of this package. Nothing connects before its first use; whoever made it disposes of it.
 
@@ -59,6 +62,7 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         pool_size: The most connections that this process opens. More do not make one busy agent faster: its
             admissions wait for each other.
         pool_wait_s: How long a call waits for one of them before it is `Unavailable`.
+        row_security: The role does not own the tables; every transaction tells which organisations it is about.
     """
     parsed = make_url(url)
     engine = create_async_engine(
@@ -70,6 +74,7 @@ def create_engine(url: str, *, pool_size: int = POOL_SIZE, pool_wait_s: float = 
         isolation_level="READ COMMITTED",
         hide_parameters=True,
         connect_args={**connect_args(parsed), "async_creator_fn": Connection.connect},
+        execution_options={OPTION: row_security},
     )
     event.listen(engine.sync_engine, "checkout", _require_open)
     return engine
@@ -88,9 +93,26 @@ async def connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def transaction(engine: AsyncEngine, *, within_s: float | None = None) -> AsyncIterator[AsyncConnection]:
-    """Commits when the block ends well; after `within_s` it is `Unavailable`. Raises as `translate_errors` does."""
+async def reading_of(engine: AsyncEngine, org_id: str) -> AsyncIterator[AsyncConnection]:
+    """As `connected`, of an engine of `reading`, for statements about one organisation; see `read_confined`."""
+    async with connected(engine) as connection, read_confined(connection, org_id):
+        yield connection
+
+
+@asynccontextmanager
+async def transaction(
+    engine: AsyncEngine, *org_ids: str, within_s: float | None = None
+) -> AsyncIterator[AsyncConnection]:
+    """
+    Commits when the block ends well. Raises as `translate_errors` does.
+
+    Args:
+        org_ids: The organisations whose rows it reads or writes; with row security it sees no others.
+        within_s: After so long, from asking the pool for a connection on, it is `Unavailable`.
+    """
     async with _answered(within_s), engine.begin() as connection:
+        if org_ids:
+            await confine(connection, org_ids)
         yield connection
 
 

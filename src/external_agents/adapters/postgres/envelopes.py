@@ -1,13 +1,16 @@
 """
 Envelopes in PostgreSQL, over all organisations.
 
+Which keys are needed, whoever serves may ask. For all else row security must not hide any organisation.
+
 Nothing here waits for a row that somebody else has locked, so nothing here takes part in a deadlock. Statements over
 several organisations lock nothing, and those that lock are of one organisation, as distributed tables want it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from itertools import groupby
 from uuid import UUID
 
@@ -17,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from external_agents.adapters.postgres.agents import agents_with_ids
 from external_agents.adapters.postgres.engine import connected, reading, transaction
 from external_agents.adapters.postgres.errors import translate_errors
-from external_agents.domain.errors import SecretUnreadable
+from external_agents.adapters.postgres.row_security import is_on
+from external_agents.domain.errors import ConfigurationError, SecretUnreadable
 from external_agents.ports.secrets import EnvelopeStore, HashKey, KeyUse, Reseal, Resealed, SecretPlace
 
 BATCH_MAX = 50
@@ -35,15 +39,7 @@ _API_KEYS_BY_KEY = text(
     """  # noqa: S608
 )
 
-# One step along the index for each key, and not one for each row.
-_NEXT_KEY_OF_SECRETS = text("SELECT min(key_id) FROM external_agent_secrets WHERE key_id > :last")
-_NEXT_KEY_OF_API_KEYS = text("SELECT min(hash_key_id) FROM api_keys WHERE revoked_at IS NULL AND hash_key_id > :last")
-_NEEDED_BY_API_KEYS = text(
-    f"""
-    SELECT (SELECT key_id FROM api_key_hash_keys WHERE hash_key_id = :key_id)
-    WHERE EXISTS (SELECT FROM api_keys AS api WHERE api.hash_key_id = :key_id AND {_IN_FORCE})
-    """  # noqa: S608
-)
+_NEEDED_KEYS = text("SELECT external_agents_needed_keys()")
 
 _NEXT_PLACES = text(
     """
@@ -101,53 +97,50 @@ class PostgresEnvelopes(EnvelopeStore):
         self._key_id_of = key_id_of
 
     async def uses(self) -> Mapping[str, KeyUse]:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                secrets = await _numbers(connection, _SECRETS_BY_KEY)
-                api_keys = await _numbers(connection, _API_KEYS_BY_KEY)
+        async with self._over_all() as connection:
+            secrets = await _numbers(connection, _SECRETS_BY_KEY)
+            api_keys = await _numbers(connection, _API_KEYS_BY_KEY)
         return {
             key_id: KeyUse(secrets=secrets.get(key_id, 0), api_keys=api_keys.get(key_id, 0))
             for key_id in {**secrets, **api_keys}
         }
 
     async def key_ids(self) -> Collection[frozenset[str]]:
-        needed = set()
         async with connected(self._reading) as connection:
-            last = ""
-            while (key_id := await connection.scalar(_NEXT_KEY_OF_SECRETS, {"last": last})) is not None:
-                needed.add(frozenset({key_id}))
-                last = key_id
-            last = ""
-            while (key_id := await connection.scalar(_NEXT_KEY_OF_API_KEYS, {"last": last})) is not None:
-                for (sealed_with,) in await connection.execute(_NEEDED_BY_API_KEYS, {"key_id": key_id}):
-                    needed.add(frozenset({key_id, sealed_with or key_id}))
-                last = key_id
-        return needed
+            return {frozenset(key_ids) for key_ids in await connection.scalars(_NEEDED_KEYS)}
 
     async def reseal(self, key_id: str, reseal: Reseal, *, after: SecretPlace | None) -> Resealed:
         behind = after or _BEFORE_ALL
         place = {"org_id": behind.org_id, "agent_id": behind.agent_id, "field": behind.field}
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                rows = await connection.execute(_NEXT_PLACES, {"key_id": key_id, "limit": BATCH_MAX, **place})
-                places = [SecretPlace(org_id=row[0], agent_id=row[1], field=row[2]) for row in rows]
+        async with self._over_all() as connection:
+            rows = await connection.execute(_NEXT_PLACES, {"key_id": key_id, "limit": BATCH_MAX, **place})
+            places = [SecretPlace(org_id=row[0], agent_id=row[1], field=row[2]) for row in rows]
         resealed = 0
         unreadable: dict[SecretPlace, str] = {}
         for org_id, of_org in groupby(places, lambda place: place.org_id):
-            async with transaction(self._engine) as connection:
+            async with transaction(self._engine, org_id) as connection:
                 resealed += await self._reseal_of(connection, org_id, list(of_org), key_id, reseal, unreadable)
         return Resealed(resealed=resealed, unreadable=unreadable, last=places[-1] if places else None)
 
     async def hash_keys(self) -> Sequence[HashKey]:
-        with translate_errors():
-            async with self._reading.connect() as connection:
-                rows = await connection.execute(_HASH_KEYS)
-                return [HashKey(hash_key_id=row[0], sealed_with=row[1], envelope=row[2]) for row in rows]
+        async with self._over_all() as connection:
+            rows = await connection.execute(_HASH_KEYS)
+            return [HashKey(hash_key_id=row[0], sealed_with=row[1], envelope=row[2]) for row in rows]
 
     async def put_hash_key(self, key: HashKey) -> None:
         values = {"hash_key_id": key.hash_key_id, "key_id": key.sealed_with, "envelope": key.envelope}
         async with transaction(self._engine) as connection:
             await connection.execute(_PUT_HASH_KEY, values)
+
+    @asynccontextmanager
+    async def _over_all(self) -> AsyncIterator[AsyncConnection]:
+        """For as long as it takes: nobody waits for it but the operator."""
+        if is_on(self._engine):
+            # Else it would find nothing, as if no key were used any more.
+            raise ConfigurationError("Row security hides what the secret keys have sealed: only the owner sees it.")
+        with translate_errors():
+            async with self._reading.connect() as connection:
+                yield connection
 
     async def _reseal_of(
         self,

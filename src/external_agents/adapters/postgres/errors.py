@@ -27,6 +27,8 @@ _OUTAGES = {
 }
 _SCHEMA_LACKS = frozenset({"3F000", "42703", "42P01", "42883"})
 """A schema, column, table or function that our statements name."""
+_RIGHTS_LACK = "42501"
+_OF_EVERYONE = frozenset({"25006", _RIGHTS_LACK, *_SCHEMA_LACKS})
 
 _CONSTRAINTS: dict[str, type[AgentNotFound | StaleVersion]] = {
     # To create is to store version 1 where there is no other.
@@ -73,7 +75,7 @@ def concerns_everyone(error: Exception) -> bool:
     if not isinstance(error, psycopg.Error):
         return False
     state = error.sqlstate or "08"
-    return state[:2] in {"08", "28", "3D", "53", "58"} or state[:3] == "57P" or state in {"25006", *_SCHEMA_LACKS}
+    return state[:2] in {"08", "28", "3D", "53", "58"} or state[:3] == "57P" or state in _OF_EVERYONE
 
 
 def is_conflict(error: Exception) -> bool:
@@ -95,5 +97,7 @@ def translated(error: BaseException | None) -> ExternalAgentsError | None:
         return Unavailable(WHAT)
     if state in _SCHEMA_LACKS:
         return Unavailable("The database's schema, which is behind (run external-agents migrate),")
+    if state == _RIGHTS_LACK:
+        return Unavailable("The database's role, which lacks rights (external-agents migrate gives them),")
     known = _CONSTRAINTS.get(error.diag.constraint_name or "")
     return known() if known else None

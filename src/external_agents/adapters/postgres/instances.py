@@ -48,14 +48,7 @@ _DEAD = text(
 DEAD_AT_ONCE = 100
 
 _LOCK = text("SELECT FROM instances WHERE id = :id FOR UPDATE")
-_FORGET = text(
-    """
-    DELETE FROM instances WHERE id = :id AND NOT EXISTS (
-        SELECT FROM external_agent_invocations
-        WHERE instance_id = instances.id AND id >= instances.running_from AND status = 'running'
-    )
-    """
-)
+_FORGET = text("SELECT external_agents_forget_instance(:id)")
 _GIVE_UP_LEASE = text("UPDATE instances SET lease_until = started_at WHERE id = :id")
 
 

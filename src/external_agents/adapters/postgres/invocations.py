@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from external_agents.adapters.postgres.engine import connected, reading
+from external_agents.adapters.postgres.engine import reading, reading_of
 from external_agents.adapters.postgres.rows import invocation_of
 from external_agents.adapters.postgres.tables import invocations
 from external_agents.domain.errors import InvocationNotFound
@@ -25,32 +25,35 @@ class PostgresInvocations(InvocationReader):
 
     async def read(self, org_id: str, agent_id: UUID, invocation_id: UUID) -> ExternalAgentInvocation:
         statement = select(invocations).where(*_is(org_id, invocation_id), invocations.c.external_agent_id == agent_id)
-        found = await self._select(statement)
+        found = await self._select(org_id, statement)
         if not found:
             raise InvocationNotFound
         return found[0]
 
     async def list(self, query: InvocationQuery, *, limit: int) -> Sequence[ExternalAgentInvocation]:
-        return await self._newest(limit, *_conditions(query))
+        return await self._newest(query.org_id, limit, *_conditions(query))
 
     async def count(self, query: InvocationQuery) -> int:
         statement = select(func.count()).select_from(invocations).where(*_conditions(query))
-        async with connected(self._reading) as connection:
+        async with reading_of(self._reading, query.org_id) as connection:
             return await connection.scalar(statement) or 0
 
     async def exists(self, org_id: str, invocation_id: UUID) -> bool:
         statement = select(invocations.c.id).where(*_is(org_id, invocation_id))
-        async with connected(self._reading) as connection:
+        async with reading_of(self._reading, org_id) as connection:
             return await connection.scalar(statement) is not None
 
     async def search(self, query: InvocationQuery, trace_id: str, *, limit: int) -> Sequence[ExternalAgentInvocation]:
-        return await self._newest(limit, *_conditions(query), invocations.c.trace_id == trace_id)
+        return await self._newest(query.org_id, limit, *_conditions(query), invocations.c.trace_id == trace_id)
 
-    async def _newest(self, limit: int, *conditions: ColumnElement[bool]) -> Sequence[ExternalAgentInvocation]:
-        return await self._select(select(invocations).where(*conditions).order_by(invocations.c.id.desc()).limit(limit))
+    async def _newest(
+        self, org_id: str, limit: int, *conditions: ColumnElement[bool]
+    ) -> Sequence[ExternalAgentInvocation]:
+        newest_first = select(invocations).where(*conditions).order_by(invocations.c.id.desc())
+        return await self._select(org_id, newest_first.limit(limit))
 
-    async def _select(self, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgentInvocation]:
-        async with connected(self._reading) as connection:
+    async def _select(self, org_id: str, statement: Select[tuple[object, ...]]) -> Sequence[ExternalAgentInvocation]:
+        async with reading_of(self._reading, org_id) as connection:
             return [invocation_of(row) for row in (await connection.execute(statement)).mappings()]
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
 from external_agents.adapters.postgres.columns import storable
-from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
+from external_agents.adapters.postgres.engine import ANSWER_S, reading, reading_of, transaction
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.grouped.batch import Earlier
 from external_agents.adapters.postgres.grouped.committer import GroupCommitter
@@ -101,17 +101,17 @@ class PostgresLedger(InvocationLedger):
             if finished.error_message is not None:
                 stored = attrs.evolve(finished, error_message=storable(finished.error_message))
         else:
-            async with transaction(self._endings) as connection:
+            async with transaction(self._endings, finished.org_id) as connection:
                 stored = await settlement.settle(connection, finished)
         self._instance.leave(finished.id)
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings, within_s=ANSWER_S) as connection:
+        async with transaction(self._endings, finished.org_id, within_s=ANSWER_S) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
-        async with connected(self._reading) as connection:
+        async with reading_of(self._reading, org_id) as connection:
             return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:

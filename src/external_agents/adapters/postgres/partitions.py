@@ -8,7 +8,7 @@ partition, because PostgreSQL refuses to attach one whose rows lie in the defaul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 import psycopg
 from sqlalchemy import Connection, inspect, text
@@ -17,14 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.tables import invocations
-from external_agents.domain.ids import first_id_at
 
 PARTITION_PREFIX = f"{invocations.name}_"
-DEFAULT_PARTITION = f"{PARTITION_PREFIX}default"
 MONTHS_AHEAD = 3
 UPKEEP_LOCK = 7_205_113_802
 LOCK_WAIT_MS = 500
 """Less than deadlock_timeout: in a knot with live invocations it is upkeep that gives way."""
+
+_ADD = text("SELECT external_agents_add_partition(:month)")
+"""Partitions belong to the owner of the table, whoever sees to them."""
 
 
 async def keep_partitions(engine: AsyncEngine) -> list[str]:
@@ -45,9 +46,9 @@ async def keep_partitions(engine: AsyncEngine) -> list[str]:
 def add_missing_partitions(connection: Connection, now: datetime) -> list[str]:
     """The same on a connection without a transaction; each partition is made in one of its own."""
     made = []
-    for start, end in _months(now):
+    for start in _months(now):
         with connection.begin():
-            if _add_partition(connection, start, end):
+            if _add_partition(connection, start):
                 made.append(_name(start))
     return made
 
@@ -56,7 +57,7 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     return isinstance(error.orig, psycopg.errors.LockNotAvailable)
 
 
-def _add_partition(connection: Connection, start: datetime, end: datetime) -> bool:
+def _add_partition(connection: Connection, start: date) -> bool:
     name = _name(start)
     if _exists(connection, name):
         return False
@@ -65,24 +66,7 @@ def _add_partition(connection: Connection, start: datetime, end: datetime) -> bo
         return False
     # LOCAL: the setting goes with the transaction, the connection may be used for other things afterwards.
     connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_WAIT_MS}ms'"))
-    columns = ", ".join(column.name for column in invocations.columns)
-    bounds = {"first": first_id_at(start), "end": first_id_at(end)}
-    connection.execute(text(f"CREATE TABLE {name} (LIKE {invocations.name} INCLUDING DEFAULTS)"))
-    # Nothing may stray in between the move and the attachment.
-    connection.execute(text(f"LOCK TABLE {DEFAULT_PARTITION} IN ACCESS EXCLUSIVE MODE"))
-    connection.execute(
-        text(
-            f"WITH strays AS (DELETE FROM {DEFAULT_PARTITION} WHERE id >= :first AND id < :end RETURNING {columns}) "  # noqa: S608
-            f"INSERT INTO {name} ({columns}) SELECT {columns} FROM strays"
-        ),
-        bounds,
-    )
-    connection.execute(
-        text(
-            f"ALTER TABLE {invocations.name} ATTACH PARTITION {name} "
-            f"FOR VALUES FROM (true, '{bounds['first']}') TO (true, '{bounds['end']}')"
-        )
-    )
+    connection.execute(_ADD, {"month": start})
     return True
 
 
@@ -91,14 +75,11 @@ def _exists(connection: Connection, name: str) -> bool:
     return inspect(connection).has_table(name)
 
 
-def _name(start: datetime) -> str:
+def _name(start: date) -> str:
     return f"{PARTITION_PREFIX}{start:%Y_%m}"
 
 
-def _months(now: datetime) -> Iterator[tuple[datetime, datetime]]:
-    """This month and the next ones: first moment, first moment of the following one."""
-    start = datetime(now.year, now.month, 1, tzinfo=UTC)
-    for _ in range(MONTHS_AHEAD + 1):
-        end = datetime(start.year + start.month // 12, start.month % 12 + 1, 1, tzinfo=UTC)
-        yield start, end
-        start = end
+def _months(now: datetime) -> Iterator[date]:
+    """The first days of this month and of the next ones."""
+    for month in range(now.month - 1, now.month + MONTHS_AHEAD):
+        yield date(now.year + month // 12, month % 12 + 1, 1)

@@ -46,7 +46,7 @@ class Recovery:
     async def _end_doubtful(self) -> int:
         ended = 0
         for invocation_id, (org_id, until_s) in list(self._doubtful.items()):
-            async with transaction(self._engine) as connection:
+            async with transaction(self._engine, org_id) as connection:
                 now = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
                 found = await settlement.interrupt(
                     connection,

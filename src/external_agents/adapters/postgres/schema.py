@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from external_agents.adapters.postgres.engine import connect_args
 from external_agents.adapters.postgres.errors import translate_errors
 from external_agents.adapters.postgres.partitions import add_missing_partitions, is_lock_timeout
+from external_agents.adapters.postgres.roles import fault_of_role, grant_to
 from external_agents.adapters.postgres.tables import metadata
 from external_agents.domain.errors import ConfigurationError
 
@@ -42,16 +43,20 @@ MIGRATION_OPTIONS: dict[str, Any] = {
 }
 
 
-def migrate(url: str) -> list[str]:
+def migrate(url: str, serving_role: str | None = None) -> list[str]:
     """
     Bring the database to the newest schema. Of several processes that do so at once one works and the others wait.
+
+    Args:
+        serving_role: Gets the rights that serving needs, and loses all others on our tables, every time.
 
     Returns:
         The names of the migrations that were applied, oldest first; none when it was current.
 
     Raises:
         Unavailable: It cannot be reached, or a lock was not to be had.
-        ConfigurationError: It is too old, not in UTF-8, or was migrated by a newer version of this library.
+        ConfigurationError: It is too old, not in UTF-8, or was migrated by a newer version of this library; or there is
+            no such role.
     """
     with _connection(url) as connection:
         _require_suitable(connection)
@@ -70,6 +75,9 @@ def migrate(url: str) -> list[str]:
             # The default partition takes everything until upkeep finds a quieter moment.
             if not is_lock_timeout(error):
                 raise
+        if serving_role is not None:
+            with connection.begin():
+                grant_to(connection, serving_role, MIGRATION_OPTIONS["version_table"])
         return names
 
 
@@ -88,6 +96,26 @@ def pending(url: str) -> list[str]:
 def is_current(url: str) -> bool:
     """Whether the database has the newest schema. Raises as `pending` does."""
     return not pending(url)
+
+
+def role_fault(url: str, *, row_security: bool) -> str | None:
+    """As `fault_of_role` of the role that the URL connects as. Raises `Unavailable`."""
+    with _connection(url) as connection:
+        return fault_of_role(connection, row_security=row_security)
+
+
+def role_of(url: str) -> str:
+    """
+    The role that a URL connects as.
+
+    Raises:
+        ConfigurationError: It names none.
+    """
+    parsed = make_url(url)
+    role = parsed.username or parsed.query.get("user")
+    if not isinstance(role, str):
+        raise ConfigurationError("The database's URL must name its role: postgresql://ROLE@HOST/DATABASE.")
+    return role
 
 
 def has_newest_schema(connection: Connection) -> bool:

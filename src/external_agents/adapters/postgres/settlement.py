@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from external_agents.adapters.postgres.budgets import book, lock_accounts
 from external_agents.adapters.postgres.columns import storable
 from external_agents.adapters.postgres.instances import forget
+from external_agents.adapters.postgres.row_security import confine_to_running
 from external_agents.adapters.postgres.rows import (
     END_COLUMNS,
     attempts_text,
@@ -95,6 +96,7 @@ async def recover_instance(connection: AsyncConnection, dead: UUID, now: datetim
     running_from = await connection.scalar(judged.with_for_update(skip_locked=True))
     if running_from is None:
         return 0
+    await confine_to_running(connection, dead, RECOVERED_AT_ONCE)
     ended = await interrupt(connection, now, invocations.c.instance_id == dead, invocations.c.id >= running_from)
     await forget(connection, dead)
     return ended

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres import settlement
-from external_agents.adapters.postgres.engine import ANSWER_S, connected, reading, transaction
+from external_agents.adapters.postgres.engine import ANSWER_S, reading, reading_of, transaction
 from external_agents.adapters.postgres.forecast import forecast
 from external_agents.adapters.postgres.instances import Instance, LeaseLost
 from external_agents.adapters.postgres.plain import admission
@@ -61,7 +61,7 @@ class PlainPostgresLedger(InvocationLedger):
         try:
             await self._instance.enter(invocation_id)
             turn = self._turnstile.turn((request.org_id, request.agent_id))
-            async with turn, transaction(self._engine) as connection:
+            async with turn, transaction(self._engine, request.org_id) as connection:
                 admitted = await admission.admit(connection, request, self._instance.id)
         except BaseException:
             if admitted is None or admitted.replayed:
@@ -75,17 +75,17 @@ class PlainPostgresLedger(InvocationLedger):
         return admitted
 
     async def settle(self, finished: ExternalAgentInvocation) -> ExternalAgentInvocation:
-        async with transaction(self._endings) as connection:
+        async with transaction(self._endings, finished.org_id) as connection:
             stored = await settlement.settle(connection, finished)
         self._instance.leave(finished.id)
         return stored
 
     async def record(self, finished: ExternalAgentInvocation) -> None:
-        async with transaction(self._endings, within_s=ANSWER_S) as connection:
+        async with transaction(self._endings, finished.org_id, within_s=ANSWER_S) as connection:
             await settlement.record(connection, finished)
 
     async def forecast(self, org_id: str, agent_id: UUID) -> Forecast:
-        async with connected(self._reading) as connection:
+        async with reading_of(self._reading, org_id) as connection:
             return await forecast(connection, org_id, agent_id)
 
     async def heartbeat(self) -> None:
