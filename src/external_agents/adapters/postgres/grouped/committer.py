@@ -212,17 +212,20 @@ class GroupCommitter:
     @asynccontextmanager
     async def _cursor(self) -> AsyncIterator[_Cursor]:
         """One for many calls: to make it and to learn what its rows mean takes a fifth of what a call costs here."""
-        async with self._engine.connect() as pooled:
-            disposals = self._disposals
+        disposals = self._disposals
+        pooled = await self._engine.connect()
+        try:
             connection: Any = (await pooled.get_raw_connection()).driver_connection
-            try:
-                async with connection.cursor(binary=True, row_factory=args_row(Outcome)) as cursor:
-                    yield cursor
-            except BaseException:
-                await pooled.invalidate()
-                raise
+            async with connection.cursor(binary=True, row_factory=args_row(Outcome)) as cursor:
+                yield cursor
             if self._disposals != disposals:
                 await pooled.invalidate()
+        except BaseException:
+            await pooled.invalidate()
+            raise
+        finally:
+            # `async with` would do so in a task of its own, before which the engine can be disposed of.
+            await pooled.close()
 
     def _let_go(self, engine: Engine) -> None:
         """The engine has closed what lies in its pool; what is held here is to be closed, too."""
