@@ -21,6 +21,8 @@ import attrs
 from benchmarks import agent, load
 from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.rest.gunicorn_server import BACKLOG, GunicornOptions
+from external_agents.adapters.telemetry.worker_files import FOLDER_VARIABLE, child_exit
+from external_agents.supervisor.metrics_folder import metrics_folder
 
 ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
@@ -112,12 +114,16 @@ def running_agent() -> Iterator[Agent]:
 @contextmanager
 def serving(app: str, env: Mapping[str, str], *, workers: int, log: Path) -> Iterator[Server]:
     """gunicorn as `serve` runs it, on an app; everything but the app is equal for all of them."""
-    with _listener() as listener:
+    with _listener() as listener, metrics_folder() as metrics:
         options = GunicornOptions(
-            listener_fd=listener.fileno(), workers=workers, graceful_timeout_s=GRACEFUL_TIMEOUT_S, app=app
+            listener_fd=listener.fileno(),
+            workers=workers,
+            graceful_timeout_s=GRACEFUL_TIMEOUT_S,
+            app=app,
+            child_exit=f"{child_exit.__module__}:{child_exit.__name__}",
         )
         port = listener.getsockname()[1]
-        with _running(options.command(), env, log, listener.fileno()) as child:
+        with _running(options.command(), {**env, FOLDER_VARIABLE: str(metrics)}, log, listener.fileno()) as child:
             listener.close()
             _await(child, lambda: _answers(port), log)
             yield Server(port, Tree(child.pid))

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -43,6 +43,7 @@ from external_agents.settings import PREFIX, Settings
 FORWARD = "benchmarks.forward:create_asgi_app()"
 NAIVE = "benchmarks.naive:create_asgi_app()"
 WARM_UP_S = 1.0
+STARTS = 3
 PAYLOAD = b'{"text": "' + b"x" * 188 + b'"}'
 """200 bytes, like the agent's answer."""
 
@@ -113,6 +114,7 @@ class Variant:
     Something that answers calls, and what has been asked of it so far.
 
     Attributes:
+        start: Ends its server, if there is one, and gives a new one; of what is not started again always the same.
         requests: Calls of its open agents, whole HTTP requests.
         path: Of the agent's URL.
         site: None: it has no database.
@@ -120,18 +122,25 @@ class Variant:
 
     name: str
     bench: Workbench
-    server: Server
+    start: Callable[[], Server] = attrs.field(repr=False)
     requests: Sequence[str] = attrs.field(repr=False)
     path: str
     site: Site | None = None
     rounds: list[Round] = attrs.field(factory=list)
     tally: Counter[str] = attrs.field(factory=Counter)
     faults: list[str] = attrs.field(factory=list)
+    server: Server = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.server = self.start()
 
     @classmethod
-    def on(cls, site: Site, bench: Workbench, name: str, server: Server) -> Variant:
+    def on(cls, site: Site, bench: Workbench, name: str, start: Callable[[], Server]) -> Variant:
         requests = [call_of(agent) for agent in site.estate.agents if not agent.shut]
-        return cls(name=name, bench=bench, server=server, requests=requests, path=site.path, site=site)
+        return cls(name=name, bench=bench, start=start, requests=requests, path=site.path, site=site)
+
+    def start_anew(self) -> None:
+        self.server = self.start()
 
     def warm_up(self, connections: int, seconds: float = WARM_UP_S) -> None:
         """For so long, and never longer than three rounds."""
@@ -254,8 +263,8 @@ class Workbench:
     def ours(self, site: Site, *, redis_url: str | None = None) -> Iterator[Variant]:
         """The service in gunicorn, as `serve` runs it; with Redis it keeps its limits there."""
         redis = {f"{PREFIX}_REDIS_URL": redis_url} if redis_url else {}
-        with self._gunicorn("ours", APP, {**site.env, **redis}) as server:
-            yield Variant.on(site, self, "ours", server)
+        with self._gunicorn("ours", APP, {**site.env, **redis}) as start:
+            yield Variant.on(site, self, "ours", start)
 
     @contextmanager
     def confined(self, site: Site) -> Iterator[Variant]:
@@ -268,8 +277,8 @@ class Workbench:
             migrate(site.url, name)
             url = make_url(site.url).set(username=name).render_as_string(hide_password=False)
             env = {**site.env, f"{PREFIX}_DATABASE_URL": url, f"{PREFIX}_ROW_SECURITY": "on"}
-            with self._gunicorn("confined", APP, env) as server:
-                yield Variant.on(site, self, "confined", server)
+            with self._gunicorn("confined", APP, env) as start:
+                yield Variant.on(site, self, "confined", start)
         finally:
             with self.connect(site.url) as connection:
                 connection.execute(sql.SQL("DROP OWNED BY {}").format(role))
@@ -280,25 +289,25 @@ class Workbench:
         """The command `external-agents serve`, so with its supervisor."""
         log = self._log("serve")
         with running_serve(site.env, workers=self.plan.workers, log=log) as server:
-            yield Variant.on(site, self, "ours", server)
+            yield Variant.on(site, self, "ours", lambda: server)
 
     @contextmanager
     def naive(self, site: Site) -> Iterator[Variant]:
-        with self._gunicorn("naive", NAIVE, site.env) as server:
-            yield Variant.on(site, self, "naive", server)
+        with self._gunicorn("naive", NAIVE, site.env) as start:
+            yield Variant.on(site, self, "naive", start)
 
     @contextmanager
     def forward(self, *, slow: bool = False) -> Iterator[Variant]:
         path = self._next_path(slow)
-        with self._gunicorn("forward", FORWARD, {forward.AGENT_URL: self.agent.url(path)}) as server:
+        with self._gunicorn("forward", FORWARD, {forward.AGENT_URL: self.agent.url(path)}) as start:
             requests = [request_text("POST", "/api/external-agents/any/invoke", "none", PAYLOAD)]
-            yield Variant(name="forward", bench=self, server=server, requests=requests, path=path)
+            yield Variant(name="forward", bench=self, start=start, requests=requests, path=path)
 
     def direct(self) -> Variant:
         """The agent itself."""
         path = self._next_path(slow=False)
         requests = [request_text("POST", path, "none", PAYLOAD)]
-        return Variant(name="direct", bench=self, server=self.agent, requests=requests, path=path)
+        return Variant(name="direct", bench=self, start=lambda: self.agent, requests=requests, path=path)
 
     @contextmanager
     def redis(self) -> Iterator[str]:
@@ -327,8 +336,17 @@ class Workbench:
         with self.connect() as connection:
             connection.execute("CHECKPOINT")
 
-    def _gunicorn(self, name: str, app: str, env: Mapping[str, str]) -> AbstractContextManager[Server]:
-        return serving(app, env, workers=self.plan.workers, log=self._log(name))
+    @contextmanager
+    def _gunicorn(self, name: str, app: str, env: Mapping[str, str]) -> Iterator[Callable[[], Server]]:
+        """Each call ends the server that there is, and starts another."""
+        log = self._log(name)
+        with ExitStack() as running:
+
+            def start() -> Server:
+                running.close()
+                return running.enter_context(serving(app, env, workers=self.plan.workers, log=log))
+
+            yield start
 
     def _environment(self, url: str) -> dict[str, str]:
         settings = {
@@ -372,11 +390,20 @@ def workbench(plan: Plan, tell: Callable[[str], None], folder: Path | None = Non
 def interleaved(
     bench: Workbench, *variants: Variant, connections: int, warm_up_s: float = WARM_UP_S, **job: Any
 ) -> None:
-    """Warm every variant up, then `rounds` times one round of each."""
-    for variant in variants:
-        variant.warm_up(connections, warm_up_s)
-    bench.checkpoint()
-    for number in range(bench.plan.rounds):
+    """
+    `rounds` times one round of each variant, on servers that are warm.
+
+    They are started anew now and then: two processes of one program differ by a tenth for as long as they live.
+    """
+    rounds = bench.plan.rounds
+    beginnings = {rounds * start // STARTS for start in range(STARTS)}
+    for number in range(rounds):
+        if number in beginnings:
+            for variant in variants:
+                if number:
+                    variant.start_anew()
+                variant.warm_up(connections, warm_up_s)
+            bench.checkpoint()
         rates = []
         for variant in variants:
             done = variant.round(connections=connections, seconds=bench.plan.seconds, **job)
