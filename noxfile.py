@@ -55,7 +55,8 @@ def tests(session: nox.Session) -> None:
     session.install(".[serve]", *TESTS)
     apart = [] if session.posargs else [f"--ignore={path}" for path in HEAVY_TESTS]
     # Tests that watch real processes against the clock get a second chance on a busy machine.
-    session.run("pytest", "-n", "2", "--dist", "loadgroup", "--reruns", "1", *apart, *session.posargs)
+    # More processes than cores: a third of the time they wait for clocks that run out.
+    session.run("pytest", "-n", "3", "--dist", "loadgroup", "--reruns", "1", *apart, *session.posargs)
     if apart:
         session.run("pytest", "--reruns", "1", *HEAVY_TESTS)
 
