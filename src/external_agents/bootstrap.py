@@ -46,6 +46,7 @@ from external_agents.adapters.rest.metrics_server import listening, metrics_serv
 from external_agents.adapters.secrets import AesGcmSecretBox, KeyRing, envelope_key_id
 from external_agents.adapters.telemetry import FanOut, RequestContext, StructlogObservability, configure_logging
 from external_agents.adapters.telemetry.prometheus import PrometheusObservability
+from external_agents.adapters.webhook.outbound import default_ssl_context
 from external_agents.adapters.webhook.transport import WebhookTransport
 from external_agents.application.key_rotation import KeyRotation
 from external_agents.application.limited_ledger import LimitedLedger
@@ -258,6 +259,7 @@ def _asgi_app(
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[AsgiApp]:
+        default_ssl_context()  # Or the first call would wait for it, and all others with it.
         metrics = PrometheusObservability()
         database_url = _running_database_url(settings)
         with metrics.counting_errors():

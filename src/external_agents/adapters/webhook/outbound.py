@@ -73,7 +73,7 @@ class Outbound:
         self._policy = policy
         self._system_resolver = SystemResolver()
         self._guard = EgressGuard(policy, resolve or self._system_resolver)
-        self._ssl_context = ssl_context or _default_ssl_context()
+        self._ssl_context = ssl_context
         self._session: aiohttp.ClientSession | None = None
         self._target = lru_cache(maxsize=URLS_REMEMBERED)(self._parsed)
 
@@ -122,7 +122,7 @@ class Outbound:
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = _session(self._guard, self._ssl_context)
+            self._session = _session(self._guard, self._ssl_context or default_ssl_context())
         return self._session
 
     def _parsed(self, url: str) -> _Target:
@@ -169,11 +169,11 @@ def _session(guard: EgressGuard, context: ssl.SSLContext) -> aiohttp.ClientSessi
 
 
 @cache
-def _default_ssl_context() -> ssl.SSLContext:
+def default_ssl_context() -> ssl.SSLContext:
     """
     The machine's authorities, to which an operator can add; and certifi's, for machines that have none.
 
-    Reading them takes a tenth of a second: once in a process, and before the first call.
+    Reading them takes a tenth of a second, once in a process: who serves does it before the first call.
     """
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
