@@ -21,7 +21,7 @@ import attrs
 from benchmarks import agent, load
 from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.rest.gunicorn_server import BACKLOG, GunicornOptions
-from external_agents.adapters.telemetry.worker_files import FOLDER_VARIABLE, child_exit
+from external_agents.adapters.telemetry.worker_files import CHILD_EXIT, FOLDER_VARIABLE
 from external_agents.supervisor.metrics_folder import metrics_folder
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def serving(app: str, env: Mapping[str, str], *, workers: int, log: Path) -> Ite
             workers=workers,
             graceful_timeout_s=GRACEFUL_TIMEOUT_S,
             app=app,
-            child_exit=f"{child_exit.__module__}:{child_exit.__name__}",
+            child_exit=CHILD_EXIT,
         )
         port = listener.getsockname()[1]
         with _running(options.command(), {**env, FOLDER_VARIABLE: str(metrics)}, log, listener.fileno()) as child:

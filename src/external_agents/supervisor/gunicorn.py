@@ -16,7 +16,7 @@ import attrs
 
 from external_agents.adapters.postgres.embedded.child_process import ChildProcess, Launch
 from external_agents.adapters.rest.gunicorn_server import APP, BACKLOG, GunicornOptions
-from external_agents.adapters.telemetry.worker_files import FOLDER_VARIABLE, child_exit
+from external_agents.adapters.telemetry.worker_files import CHILD_EXIT, FOLDER_VARIABLE
 from external_agents.domain.errors import ExternalAgentsError
 
 GRACEFUL_TIMEOUT_S = 135
@@ -72,7 +72,7 @@ def started(
         workers=serving.workers,
         graceful_timeout_s=GRACEFUL_TIMEOUT_S,
         app=serving.app,
-        child_exit=f"{child_exit.__module__}:{child_exit.__name__}",
+        child_exit=CHILD_EXIT,
     )
     launch = Launch(
         argv=options.command(),

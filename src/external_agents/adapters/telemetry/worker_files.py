@@ -59,6 +59,10 @@ def child_exit(server: object, worker: Any) -> None:
             _log.exception("the counts of worker %s stay in files of their own", worker.pid)
 
 
+CHILD_EXIT = f"{__name__}:{child_exit.__name__}"
+"""Where gunicorn finds it."""
+
+
 def settle_estate(folder: Path, pid: int, *, patience_s: float = LOCK_PATIENCE_S) -> None:
     """
     Let the gauges of an ended process vanish, and keep its counts.
