@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from external_agents.adapters.identity.jwt.claims import NO_ATTRIBUTES
 from external_agents.adapters.memory import MemoryAuthenticator
 from external_agents.domain.access import Principal
 from external_agents.testing.fakes import FakeClock
-from token_issuer import AUDIENCE, ISSUER, NOW, SigningKey, TokenIssuer, door_of, passes, serve_issuer
+from token_issuer import AUDIENCE, ISSUER, NOW, SigningKey, TokenIssuer, passes
 
 words = st.sampled_from(
     ["", "ES256", "EdDSA", "none", "key-1", "JWT", "alice", AUDIENCE, ISSUER, "read:external_agent"]
@@ -27,23 +26,6 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | words, inner, max_size=3),
     max_leaves=4,
 )
-
-
-@pytest.fixture
-async def issuer() -> AsyncIterator[TokenIssuer]:
-    async with serve_issuer() as issuer:
-        yield issuer
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-async def door(issuer: TokenIssuer, clock: FakeClock) -> AsyncIterator[JwtAuthenticator]:
-    async with door_of(issuer, clock) as door:
-        yield door
 
 
 async def test_the_claims_make_the_principal(issuer: TokenIssuer, door: JwtAuthenticator) -> None:

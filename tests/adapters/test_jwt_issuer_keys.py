@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -21,26 +20,9 @@ from external_agents.adapters.identity.jwt.issuer_keys import (
 from external_agents.adapters.identity.jwt.jwks_endpoint import DOCUMENT_LIMIT_BYTES
 from external_agents.domain.errors import Unavailable
 from external_agents.testing.fakes import FakeClock
-from token_issuer import SigningKey, TokenIssuer, door_of, passes, serve_issuer
+from token_issuer import SigningKey, TokenIssuer, passes
 
 DOWN = Reply(503, b"")
-
-
-@pytest.fixture
-async def issuer() -> AsyncIterator[TokenIssuer]:
-    async with serve_issuer() as issuer:
-        yield issuer
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-async def door(issuer: TokenIssuer, clock: FakeClock) -> AsyncIterator[JwtAuthenticator]:
-    async with door_of(issuer, clock) as door:
-        yield door
 
 
 def pass_time(issuer: TokenIssuer, clock: FakeClock, seconds: float) -> None:
