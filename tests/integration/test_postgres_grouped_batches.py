@@ -54,14 +54,15 @@ PLACE = Place(RateQuotas(), token=None)
 async def test_what_comes_together_shares_a_call(postgres_agents: PostgresAgents, postgres_engine: AsyncEngine) -> None:
     one, other = await stored_agents(postgres_agents, 2, budget_config={"max_cost_per_invocation": 1})
     scene = await watched(postgres_engine)
-    running = await scene.running(one, 20) + await scene.running(other, 20)
-    assert scene.sizes == [(20, 0), (20, 0)]
+    ones, others = await asyncio.gather(scene.running(one, 20), scene.running(other, 20))
+    running = ones + others
+    assert scene.sizes == [(40, 0)]
     payloads = [JsonText(f'"{number}"') for number in range(30)]
     results = await asyncio.gather(
         *(scene.ledger.settle(conclude(invocation, costing("0.5"))) for invocation in running),
         *(scene.ledger.admit(make_request(agent, request=text)) for agent in (one, other) for text in payloads),
     )
-    assert scene.sizes[2:] == [(60, 40)]
+    assert scene.sizes[1:] == [(60, 40)]
     assert [result.id for result in results[:40]] == [invocation.id for invocation in running]
     assert [result.invocation.request for result in results[40:]] == payloads * 2
     assert {result.invocation.external_agent_id for result in results[40:70]} == {one.id}
@@ -91,16 +92,20 @@ async def test_every_caller_in_a_batch_gets_the_answer_that_is_its_own(
     poor = make_agent(
         org_id=org_id, budget_config={"max_cost_per_invocation": "0.4", "max_monthly_cost": 1, "currency": "EUR"}
     )
+    other_org_id = new_org()
     both = make_agent(
-        rate_limit_config={"requests_per_hour": 4}, budget_config={"max_cost_per_invocation": 1, "max_monthly_cost": 2}
+        org_id=other_org_id,
+        rate_limit_config={"requests_per_hour": 4},
+        budget_config={"max_cost_per_invocation": 1, "max_monthly_cost": 2},
     )
-    free, stale, asleep, gone = (make_agent(org_id=org_id) for _ in range(4))
+    free, stale = (make_agent(org_id=org_id) for _ in range(2))
+    asleep, gone = (make_agent(org_id=other_org_id) for _ in range(2))
     await postgres_agents.bulk([limited, poor, both, free, stale, asleep, gone])
     await postgres_agents.update(next_version(stale))
     asleep = next_version(asleep, status=AgentStatus.INACTIVE)
     await postgres_agents.update(asleep)
     await postgres_agents.delete(next_version(gone, status=AgentStatus.DELETED))
-    unknown = make_agent(org_id=org_id)
+    unknown = make_agent(org_id=other_org_id)
     scene = await watched(postgres_engine)
     agents = [limited, poor, both, free, stale, asleep, gone, unknown]
     results = await settled_down(*(scene.ledger.admit(make_request(agent)) for _ in range(6) for agent in agents))

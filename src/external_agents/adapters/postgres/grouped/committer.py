@@ -35,7 +35,7 @@ from external_agents.adapters.postgres.grouped.arrays import register_arrays
 from external_agents.adapters.postgres.grouped.batch import CALL, Admitted, Admitting, Batch, Outcome, Settling
 from external_agents.adapters.postgres.grouped.fair_queue import QueueFull
 from external_agents.adapters.postgres.grouped.gathering import gather_newcomers
-from external_agents.adapters.postgres.grouped.lines import BATCH_MAX, Lines
+from external_agents.adapters.postgres.grouped.lines import Lines
 from external_agents.domain.errors import AdmissionInDoubt, Unavailable
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import AdmissionRequest
@@ -238,7 +238,7 @@ class GroupCommitter:
             lone = waiting.next_turn()
             turn = _Turn(lone.lines.next_batch(lone.batch_max), lone)
         else:
-            await gather_newcomers(self._shared.__len__, others=self._in_flight() - 1, enough=BATCH_MAX)
+            await gather_newcomers(self._shared.__len__, others=self._in_flight() - 1, enough=self._shared.enough)
             turn = _Turn(waiting.next_batch())
         try:
             if turn.batch:

@@ -10,7 +10,7 @@ QUIET_TURNS_MAX = 10
 GATHERING_MAX_S = 0.01
 
 
-async def gather_newcomers(size: Callable[[], int], *, others: int, enough: int) -> None:
+async def gather_newcomers(size: Callable[[], int], *, others: int, enough: float) -> None:
     """
     Wait until the event loop has nothing more to bring, or `enough` are there.
 

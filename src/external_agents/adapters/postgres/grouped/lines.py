@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Generic, TypeVar
 
 from external_agents.adapters.postgres.grouped.batch import Admitting, Batch, Settling
 from external_agents.adapters.postgres.grouped.fair_queue import FairQueue, Lane
+from external_agents.adapters.postgres.grouped.shares import Attendance
 
 BATCH_MAX = 128
 """Of each kind."""
@@ -47,11 +49,19 @@ class _Line(Generic[Item]):
 
 
 class Lines:
-    """What waits; first come, first served within an agent."""
+    """
+    What waits; first come, first served within an agent.
+
+    Attributes:
+        enough: For a batch that is worth its call, whoever may still come. What a flood had to leave never is, however
+            much it is: a batch that goes while the event loop is busy would make the others wait for a processor.
+    """
 
     def __init__(self) -> None:
         self._admittings: _Line[Admitting] = _Line()
         self._settlings: _Line[Settling] = _Line()
+        self._attendance = Attendance()
+        self.enough: float = BATCH_MAX
 
     def __len__(self) -> int:
         return len(self._admittings) + len(self._settlings)
@@ -65,6 +75,7 @@ class Lines:
             self._admittings.put(item)
         else:
             self._settlings.put(item)
+        self._attendance.note(item.lane, item.since_s)
 
     def put_back(self, items: Iterable[Admitting | Settling]) -> None:
         """First in their order again."""
@@ -83,15 +94,26 @@ class Lines:
         """
         batch = Batch()
         room_bytes = BATCH_BYTES_MAX
+        self.enough = BATCH_MAX
+        shares = self._attendance.shares()
         while len(batch.settlings) < batch_max and room_bytes > 0 and (settling := self._settlings.take()):
+            if shares and not shares.takes(settling.lane):
+                self._settlings.put_back(settling)
+                self.enough = inf
+                break
             batch.settlings.append(settling)
             room_bytes -= settling.size_bytes
         if batch_max == 1 and batch:
             return batch
         left: list[Admitting] = []
+        shares = self._attendance.shares()
         # What has to wait for another batch is bounded too: a flood of one idempotency key is not turned over and over.
         while max(len(batch.admittings), len(left)) < batch_max and room_bytes > 0:
             if (admitting := self._admittings.take()) is None:
+                break
+            if shares and not shares.takes(admitting.lane):
+                left.append(admitting)
+                self.enough = inf
                 break
             if batch.takes(admitting):
                 room_bytes -= admitting.size_bytes
@@ -100,6 +122,6 @@ class Lines:
         self.put_back(left)
         return batch
 
-    def remove(self, lane: Lane | None = None, before_s: float = float("inf")) -> list[Admitting | Settling]:
+    def remove(self, lane: Lane | None = None, before_s: float = inf) -> list[Admitting | Settling]:
         """Take out what has waited since before then, of one agent or of all."""
         return [*self._settlings.remove(lane, before_s), *self._admittings.remove(lane, before_s)]
