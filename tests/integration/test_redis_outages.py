@@ -154,6 +154,23 @@ async def test_callers_of_one_moment_are_one_command(server: RedisServer, limite
     assert [quota.used for quota in (await caller.refused()).quotas.quotas] == [30]
 
 
+async def test_callers_who_come_while_the_event_loop_is_busy_are_one_command(
+    server: RedisServer, limiter: RedisRateLimiter
+) -> None:
+    caller = Caller(limiter, {Window.DAY: 100})
+
+    async def come(turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await caller.acquire()
+
+    assert await results_of(caller, 20) == (20, 0)  # From now on it is known that there is company.
+    with server.client() as client:
+        client.config_resetstat()
+        await asyncio.gather(*(come(turns) for turns in range(20)))
+        assert client.info("commandstats")["cmdstat_evalsha"]["calls"] == 1
+
+
 async def test_one_poisoned_key_fails_alone(server: RedisServer, limiter: RedisRateLimiter) -> None:
     sane, strange, garbled = (Caller(limiter, {Window.DAY: 5}) for _ in range(3))
     with server.client() as client:

@@ -23,6 +23,7 @@ from external_agents.adapters.redis.windows import (
     take,
     with_source,
 )
+from external_agents.application.gathering import gather_newcomers
 from external_agents.domain.errors import Unavailable
 from external_agents.domain.rate_limit import Limits
 from external_agents.domain.refusals import RateLimited
@@ -32,6 +33,8 @@ WAITING_MAX = 10_000
 """Callers that wait for an answer; more are turned away."""
 COMMANDS_MAX = 500
 """In one round trip: some 10 ms of Redis's time."""
+GATHERED_MAX = 128
+"""Callers for whom a round trip is worth while, whoever may still come."""
 WARNING_EVERY_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -54,8 +57,9 @@ class RedisRateLimiter(RateLimiter):
     """
     The windows of all processes, by Redis's clock.
 
-    Callers are gathered: while one round trip is under way, those who come meanwhile wait and go out together in the
-    next, all who want the same of one agent as one command, in the order in which they came.
+    Callers are gathered: those who come while one round trip is under way wait, and go out in the next together with
+    those who come while the event loop is busy; all who want the same of one agent as one command, in the order in
+    which they came. One who is alone does not wait.
 
     A call whose answer was lost is not repeated: the places that it may have taken are lost for their window.
     """
@@ -68,6 +72,7 @@ class RedisRateLimiter(RateLimiter):
         self._connection = connection
         self._questions: dict[_Question, _Callers] = {}
         self._waiting = 0
+        self._together = 0  # In the last round trip.
         self._sender: asyncio.Task[None] | None = None
         self._warned_at_s = float("-inf")
 
@@ -113,9 +118,13 @@ class RedisRateLimiter(RateLimiter):
         batch: list[tuple[_Question, _Callers]] = []
         try:
             while self._questions:
+                # A round trip costs this process as much as half of an invocation, and Redis a write to its disk.
+                company = max(self._waiting, self._together)
+                await gather_newcomers(lambda: self._waiting, others=company - 1, enough=GATHERED_MAX)
                 batch = [(question, self._questions.pop(question)) for question in self._next()]
                 await self._carry_out(batch)
-                self._waiting -= sum(len(callers) for _, callers in batch)
+                self._together = sum(len(callers) for _, callers in batch)
+                self._waiting -= self._together
         except Exception:
             _log.exception("the rate limiter failed")
         finally:

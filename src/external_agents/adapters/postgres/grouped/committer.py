@@ -34,8 +34,8 @@ from external_agents.adapters.postgres.grouped.apart import Apart, Lone
 from external_agents.adapters.postgres.grouped.arrays import register_arrays
 from external_agents.adapters.postgres.grouped.batch import CALL, Admitted, Admitting, Batch, Outcome, Settling
 from external_agents.adapters.postgres.grouped.fair_queue import QueueFull
-from external_agents.adapters.postgres.grouped.gathering import gather_newcomers
 from external_agents.adapters.postgres.grouped.lines import Lines
+from external_agents.application.gathering import gather_newcomers
 from external_agents.domain.errors import AdmissionInDoubt, Unavailable
 from external_agents.domain.invocation import ExternalAgentInvocation
 from external_agents.ports.ledger import AdmissionRequest
