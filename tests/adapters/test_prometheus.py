@@ -15,10 +15,10 @@ from typing import Any
 
 import attrs
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from external_agents.adapters.telemetry.metrics import METRICS, REFUSALS
+from external_agents.adapters.telemetry.metrics import METRICS, REFUSALS, REQUEST_DURATION
 from external_agents.adapters.telemetry.prometheus import PrometheusObservability
 from external_agents.domain import errors, refusals
 from external_agents.domain.access import Action
@@ -227,6 +227,22 @@ def test_requests() -> None:
     }
     assert figures["http_request_duration_seconds_bucket", "0.5", "GET", "/a/{id}"] == 2
     assert figures["http_request_duration_seconds_count", "GET", "/a/{id}"] == 3
+
+
+async def test_values_that_are_written_together_are_counted_like_each_by_itself() -> None:
+    durations = [0.0, 0.001, 0.0010001, 0.3, 0.3, 1, 120, 121, 1e9]
+    observability = PrometheusObservability()
+    for duration_s in durations:
+        observability.request("GET", "/a/{id}", 200, duration_s)  # The running loop gathers them.
+    library = CollectorRegistry()
+    series = Histogram("twin", "", registry=library, buckets=REQUEST_DURATION.buckets)
+    for duration_s in durations:
+        series.observe(duration_s)
+    figures = figures_of(observability.exposition()[1])
+    for sample in next(iter(library.collect())).samples:
+        if not sample.name.endswith("_created"):
+            name = sample.name.replace("twin", "http_request_duration_seconds")
+            assert figures[name, *sample.labels.values(), "GET", "/a/{id}"] == sample.value
 
 
 def test_no_series_has_a_tenants_value() -> None:

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections import Counter as Counts
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -34,6 +36,15 @@ GATHERED_S = 0.02
 """For so long at most an increment may be missing in what other processes show."""
 
 S = TypeVar("S")
+
+
+class _Histogram(Histogram):
+    """Observes many values at once; the library writes each by itself."""
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        self._sum.inc(sum(values))
+        for bucket, count in Counts(bisect_left(self._upper_bounds, value) for value in values).items():
+            self._buckets[bucket].inc(count)
 
 
 class PrometheusObservability(ObservabilityManager, Collector):
@@ -103,7 +114,7 @@ class PrometheusObservability(ObservabilityManager, Collector):
         """
         path = route or metrics.OTHER
         self._increments.add(self._requests[method, path, metrics.NONE if status is None else str(status)])
-        self._request_durations[method, path].observe(duration_s)
+        self._increments.observe(self._request_durations[method, path], duration_s)
 
     @contextmanager
     def counting_errors(self) -> Iterator[None]:
@@ -142,7 +153,7 @@ class PrometheusObservability(ObservabilityManager, Collector):
         add(self._ended[invocation.status, invocation.error_code or metrics.NONE])
         for attempt in invocation.attempts:
             add(self._attempts[_outcome(attempt),])
-            self._attempt_durations.observe(attempt.duration_ms / 1000)
+            self._increments.observe(self._attempt_durations, attempt.duration_ms / 1000)
         if invocation.reservation is not None:
             add(self._reservations["released" if invocation.cost is None else "charged",])
             if invocation.cost_overrun:
@@ -154,9 +165,10 @@ class PrometheusObservability(ObservabilityManager, Collector):
             self._increments.add(self._decisions[record.action, outcome])
 
     def _batch(self, record: BatchRecord) -> None:
-        self._batch_items["admissions",].observe(record.admissions)
-        self._batch_items["settlements",].observe(record.settlements)
-        self._batch_durations.observe(record.duration_s)
+        observe = self._increments.observe
+        observe(self._batch_items["admissions",], record.admissions)
+        observe(self._batch_items["settlements",], record.settlements)
+        observe(self._batch_durations, record.duration_s)
         self._queue.set(record.waiting)
 
 
@@ -168,29 +180,46 @@ class _Increments:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sums: dict[Counter | Gauge, int] = {}
+        self._values: dict[_Histogram, list[float]] = {}
         self._writing: asyncio.AbstractEventLoop | None = None
 
     def add(self, series: Counter | Gauge, count: int = 1) -> None:
         """It is written soon, by the running event loop; without one at once."""
         with self._lock:
             self._sums[series] = self._sums.get(series, 0) + count
-            if self._writing is not None and not self._writing.is_closed():
-                return
-            try:
-                self._writing = asyncio.get_running_loop()
-            except RuntimeError:
-                self._writing = None
-            else:
-                self._writing.call_later(GATHERED_S, self.write)
-                return
-        self.write()
+            is_to_be_written = self._is_to_be_written()
+        if not is_to_be_written:
+            self.write()
+
+    def observe(self, series: _Histogram, value: float) -> None:
+        """The same for a value."""
+        with self._lock:
+            self._values.setdefault(series, []).append(value)
+            is_to_be_written = self._is_to_be_written()
+        if not is_to_be_written:
+            self.write()
 
     def write(self) -> None:
         """What is there so far; from any thread."""
         with self._lock:
-            sums, self._sums, self._writing = self._sums, {}, None
+            sums, values = self._sums, self._values
+            self._sums, self._values, self._writing = {}, {}, None
         for series, count in sums.items():
             series.inc(count)
+        for histogram, observed in values.items():
+            histogram.observe_all(observed)
+
+    def _is_to_be_written(self) -> bool:
+        """By an event loop that lives."""
+        if self._writing is not None and not self._writing.is_closed():
+            return True
+        try:
+            self._writing = asyncio.get_running_loop()
+        except RuntimeError:
+            self._writing = None
+            return False
+        self._writing.call_later(GATHERED_S, self.write)
+        return True
 
 
 class _Series(dict[metrics.Values, S], Generic[S]):
@@ -248,9 +277,9 @@ def _gauge(metric: metrics.Metric, registry: CollectorRegistry) -> Gauge:
     return Gauge(metric.name, metric.meaning, metric.labels, registry=registry, multiprocess_mode="livesum")
 
 
-def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram:
-    return Histogram(metric.name, metric.meaning, metric.labels, registry=registry, buckets=metric.buckets)
+def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> _Histogram:
+    return _Histogram(metric.name, metric.meaning, metric.labels, registry=registry, buckets=metric.buckets)
 
 
-def _histograms(metric: metrics.Metric, registry: CollectorRegistry) -> _Series[Histogram]:
+def _histograms(metric: metrics.Metric, registry: CollectorRegistry) -> _Series[_Histogram]:
     return _Series(metric, _histogram(metric, registry).labels)
