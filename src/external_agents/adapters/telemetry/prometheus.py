@@ -178,7 +178,7 @@ class _Increments:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sums: dict[Counter | Gauge, int] = {}
         self._values: dict[_Histogram, list[float]] = {}
         self._writing: asyncio.AbstractEventLoop | None = None
@@ -187,17 +187,13 @@ class _Increments:
         """It is written soon, by the running event loop; without one at once."""
         with self._lock:
             self._sums[series] = self._sums.get(series, 0) + count
-            is_to_be_written = self._is_to_be_written()
-        if not is_to_be_written:
-            self.write()
+            self._write_soon()
 
     def observe(self, series: _Histogram, value: float) -> None:
         """The same for a value."""
         with self._lock:
             self._values.setdefault(series, []).append(value)
-            is_to_be_written = self._is_to_be_written()
-        if not is_to_be_written:
-            self.write()
+            self._write_soon()
 
     def write(self) -> None:
         """What is there so far; from any thread."""
@@ -209,17 +205,15 @@ class _Increments:
         for histogram, observed in values.items():
             histogram.observe_all(observed)
 
-    def _is_to_be_written(self) -> bool:
-        """By an event loop that lives."""
+    def _write_soon(self) -> None:
         if self._writing is not None and not self._writing.is_closed():
-            return True
+            return
         try:
             self._writing = asyncio.get_running_loop()
         except RuntimeError:
-            self._writing = None
-            return False
-        self._writing.call_later(GATHERED_S, self.write)
-        return True
+            self.write()
+        else:
+            self._writing.call_later(GATHERED_S, self.write)
 
 
 class _Series(dict[metrics.Values, S], Generic[S]):
