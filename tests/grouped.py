@@ -14,6 +14,7 @@ import psycopg
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from external_agents.adapters.postgres.agents import PostgresAgents
+from external_agents.adapters.postgres.grouped.fair_queue import Lane
 from external_agents.adapters.postgres.ledger import PostgresLedger
 from external_agents.domain.agent import ExternalAgent
 from external_agents.domain.invocation import ExternalAgentInvocation
@@ -50,6 +51,10 @@ async def watched(engine: AsyncEngine, **settings: Any) -> Watched:
     ledger = PostgresLedger(engine, uuid4(), observe=batches.append, **settings)
     await ledger.heartbeat()
     return Watched(ledger, batches)
+
+
+def lane_of(agent: ExternalAgent) -> Lane:
+    return agent.org_id, agent.id.int
 
 
 async def stored_agents(agents: PostgresAgents, count: int, **changes: Any) -> list[ExternalAgent]:

@@ -6,18 +6,14 @@ import asyncio
 
 from external_agents.adapters.postgres.grouped.apart import APART_FOR_S, LOCK_WAIT_MAX_S, Apart, Lone
 from external_agents.adapters.postgres.grouped.batch import Admitting
-from external_agents.adapters.postgres.grouped.fair_queue import Lane
 from external_agents.domain.agent import ExternalAgent
 from external_agents.testing.builders import make_agent, make_request
+from grouped import lane_of
 
 
 def waiting(agent: ExternalAgent, count: int = 1, since_s: float = 0.0) -> list[Admitting]:
     loop = asyncio.get_running_loop()
     return [Admitting(make_request(agent), loop.create_future(), since_s) for _ in range(count)]
-
-
-def lane_of(agent: ExternalAgent) -> Lane:
-    return agent.org_id, agent.id.int
 
 
 def turn(apart: Apart) -> tuple[Lone, list[Admitting]]:

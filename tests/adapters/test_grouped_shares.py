@@ -12,6 +12,7 @@ from external_agents.adapters.postgres.grouped.lines import BATCH_MAX, Lines
 from external_agents.adapters.postgres.grouped.shares import FLOOD_SHARE, THERE_FOR_S
 from external_agents.domain.agent import ExternalAgent
 from external_agents.testing.builders import make_agent, make_finished_call, make_request
+from grouped import lane_of
 
 
 def put(lines: Lines, agent: ExternalAgent, count: int, *, at_s: float = 100.0, settle: bool = False) -> None:
@@ -25,10 +26,6 @@ def put(lines: Lines, agent: ExternalAgent, count: int, *, at_s: float = 100.0, 
 
 def shares(items: list[Admitting] | list[Settling]) -> Counter[tuple[str, int]]:
     return Counter(item.lane for item in items)
-
-
-def lane_of(agent: ExternalAgent) -> tuple[str, int]:
-    return agent.org_id, agent.id.int
 
 
 @pytest.mark.parametrize("settle", [False, True])
@@ -96,8 +93,8 @@ async def test_what_a_share_leaves_goes_later_in_its_order() -> None:
     flooded, other = make_agent(), make_agent(org_id="another")
     lines = Lines()
     put(lines, other, 1)
-    for second in range(3 * FLOOD_SHARE):
-        put(lines, flooded, 1, at_s=100.0 + second / 1000)
+    for number in range(3 * FLOOD_SHARE):
+        put(lines, flooded, 1, at_s=100.0 + number / 1000)
     came: list[float] = []
     while lines:
         came += [item.since_s for item in lines.next_batch().admittings if item.lane == lane_of(flooded)]

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from external_agents.adapters.postgres.grouped.batch import Admitting, Batch, Settling
 from external_agents.adapters.postgres.grouped.fair_queue import FairQueue, Lane
-from external_agents.adapters.postgres.grouped.shares import Attendance
+from external_agents.adapters.postgres.grouped.shares import Attendance, Shares
 
 BATCH_MAX = 128
 """Of each kind."""
@@ -36,12 +36,16 @@ class _Line(Generic[Item]):
     def put_back(self, item: Item) -> None:
         self._queue.put_back(item.lane, item, max(item.size_bytes, ITEM_BYTES_MIN))
 
-    def take(self) -> Item | None:
-        """The next whose caller still waits."""
+    def take(self, shares: Shares) -> Item | None:
+        """The next whose caller still waits; None where nobody does, or whoever is next has its share."""
         while self._queue:
             item = self._queue.take()
-            if not item.answer.done():
+            if item.answer.done():
+                continue
+            if shares.takes(item.lane):
                 return item
+            self.put_back(item)
+            return None
         return None
 
     def remove(self, lane: Lane | None, before_s: float) -> list[Item]:
@@ -94,32 +98,23 @@ class Lines:
         """
         batch = Batch()
         room_bytes = BATCH_BYTES_MAX
-        self.enough = BATCH_MAX
-        shares = self._attendance.shares()
-        while len(batch.settlings) < batch_max and room_bytes > 0 and (settling := self._settlings.take()):
-            if shares and not shares.takes(settling.lane):
-                self._settlings.put_back(settling)
-                self.enough = inf
-                break
+        of_settlings, of_admittings = self._attendance.shares(), self._attendance.shares()
+        while len(batch.settlings) < batch_max and room_bytes > 0 and (settling := self._settlings.take(of_settlings)):
             batch.settlings.append(settling)
             room_bytes -= settling.size_bytes
         if batch_max == 1 and batch:
             return batch
         left: list[Admitting] = []
-        shares = self._attendance.shares()
         # What has to wait for another batch is bounded too: a flood of one idempotency key is not turned over and over.
         while max(len(batch.admittings), len(left)) < batch_max and room_bytes > 0:
-            if (admitting := self._admittings.take()) is None:
-                break
-            if shares and not shares.takes(admitting.lane):
-                left.append(admitting)
-                self.enough = inf
+            if (admitting := self._admittings.take(of_admittings)) is None:
                 break
             if batch.takes(admitting):
                 room_bytes -= admitting.size_bytes
             else:
                 left.append(admitting)
         self.put_back(left)
+        self.enough = inf if of_settlings.has_refused or of_admittings.has_refused else BATCH_MAX
         return batch
 
     def remove(self, lane: Lane | None = None, before_s: float = inf) -> list[Admitting | Settling]:
