@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 import attrs
 import psycopg
 import pytest
 from psycopg import sql
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from books import assert_books_balance
@@ -24,7 +26,7 @@ from external_agents.ports.ledger import AdmissionRequest
 from external_agents.ports.repositories import InvocationQuery
 from external_agents.testing.builders import conclude, costing, make_agent, make_request, new_org
 from grouped import Watched, admitted, held_up, names, settled_down, stored_agents, until, watched
-from postgres_server import LOCK_AGENT, dsn, wait_for_lock
+from postgres_server import LOCK_AGENT, OpenEngine, dsn, wait_for_lock
 
 BUDGET = {"budget_config": {"max_cost_per_invocation": 1}}
 WHILE_HELD_S = 4.0
@@ -212,12 +214,12 @@ async def test_a_flood_on_an_agent_that_is_held_up_does_not_hold_up_others(
     stuck, other = await stored_agents(postgres_agents, 2)
     scene = await watched(postgres_engine)
     with held_up(postgres_url, stuck):
-        flood = asyncio.gather(*(scene.ledger.admit(make_request(stuck)) for _ in range(1500)), return_exceptions=True)
+        flood = asyncio.gather(*(scene.ledger.admit(make_request(stuck)) for _ in range(500)), return_exceptions=True)
         async with asyncio.timeout(WHILE_HELD_S):
             for _ in range(20):
                 await scene.ledger.admit(make_request(other))
     results = await flood
-    assert len(admitted(results)) == 1500
+    assert len(admitted(results)) == 500
 
 
 async def test_a_deadlock_with_another_session_reaches_nobody(
@@ -326,6 +328,31 @@ async def test_nothing_is_left_when_all_is_quiet(
     await until(lambda: not committer._tasks)
     assert not committer._shared
     assert not committer._apart
+
+
+@pytest.mark.parametrize("while_given_back", [False, True], ids=["held", "given back"])
+async def test_an_engine_that_is_disposed_of_leaves_no_connection_open(
+    postgres_url: str, postgres_agents: PostgresAgents, open_engine: OpenEngine, while_given_back: bool
+) -> None:
+    [agent] = await stored_agents(postgres_agents, 1)
+    engine = open_engine(postgres_url)
+    opened: list[psycopg.AsyncConnection[Any]] = []
+    event.listen(engine.sync_engine, "connect", lambda connection, _: opened.append(connection.driver_connection))
+    scene = await watched(engine)
+    await scene.ledger.admit(make_request(agent))
+    disposals: list[asyncio.Task[None]] = []
+    if while_given_back:
+        event.listen(
+            engine.sync_engine, "reset", lambda *_: disposals.append(asyncio.create_task(engine.dispose())), once=True
+        )
+    else:
+        await engine.dispose()
+    [committer] = scene.ledger._committers
+    await until(lambda: not committer._tasks)
+    await asyncio.gather(*disposals)
+    assert len(disposals) == while_given_back
+    assert [connection.closed for connection in opened] == [True] * len(opened)
+    assert opened
 
 
 async def test_whoever_is_cancelled_leaves_nothing_running(

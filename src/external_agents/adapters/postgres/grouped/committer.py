@@ -21,6 +21,7 @@ import psycopg
 from psycopg.rows import args_row
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 
 from external_agents.adapters.postgres.engine import is_open, reading
 from external_agents.adapters.postgres.errors import (
@@ -134,7 +135,6 @@ class GroupCommitter:
         self._apart = Apart()
         self._together, self._alone = self._sides = _Side(self._shared, 1), _Side(self._apart, APART_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._disposals = 0
         event.listen(engine.sync_engine, "engine_disposed", self._let_go)
 
     async def admit(self, request: AdmissionRequest) -> Admitted:
@@ -212,24 +212,23 @@ class GroupCommitter:
     @asynccontextmanager
     async def _cursor(self) -> AsyncIterator[_Cursor]:
         """One for many calls: to make it and to learn what its rows mean takes a fifth of what a call costs here."""
-        disposals = self._disposals
+        pool = self._engine.sync_engine.pool
         pooled = await self._engine.connect()
         try:
             connection: Any = (await pooled.get_raw_connection()).driver_connection
             async with connection.cursor(binary=True, row_factory=args_row(Outcome)) as cursor:
                 yield cursor
-            if self._disposals != disposals:
-                await pooled.invalidate()
         except BaseException:
             await pooled.invalidate()
             raise
         finally:
             # `async with` would do so in a task of its own, before which the engine can be disposed of.
             await pooled.close()
+            if self._engine.sync_engine.pool is not pool:
+                await greenlet_spawn(pool.dispose)  # Which was done before this connection lay in it again.
 
     def _let_go(self, engine: Engine) -> None:
-        """The engine has closed what lies in its pool; what is held here is to be closed, too."""
-        self._disposals += 1
+        """The engine has closed what lies in its pool; what is held here is to go there, and to be closed, too."""
         for side in self._sides:
             side.wake()
 
