@@ -8,6 +8,7 @@ import os
 import threading
 from bisect import bisect_left
 from collections import Counter as Counts
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,7 @@ class PrometheusObservability(ObservabilityManager, Collector):
             self._batch(record)
         elif isinstance(record, RecoveryRecord):
             ended = self._ended[InvocationStatus.UNKNOWN, ErrorCode.INTERRUPTED]
-            self._increments.add(ended, record.interrupted)
+            self._increments.add(*[ended] * record.interrupted)
 
     def request(self, method: str, route: str | None, status: int | None, duration_s: float) -> None:
         """
@@ -113,8 +114,8 @@ class PrometheusObservability(ObservabilityManager, Collector):
             status: None: there was no answer.
         """
         path = route or metrics.OTHER
-        self._increments.add(self._requests[method, path, metrics.NONE if status is None else str(status)])
         self._increments.observe(self._request_durations[method, path], duration_s)
+        self._increments.add(self._requests[method, path, metrics.NONE if status is None else str(status)])
 
     @contextmanager
     def counting_errors(self) -> Iterator[None]:
@@ -136,28 +137,25 @@ class PrometheusObservability(ObservabilityManager, Collector):
         return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self)
 
     def _admission(self, record: AdmissionRecord) -> None:
-        add = self._increments.add
-        add(self._admissions)
-        add(self._running)
-        if record.invocation.reservation is not None:
-            add(self._reservations["made",])
+        reserved = [] if record.invocation.reservation is None else [self._reservations["made",]]
+        self._increments.add(self._admissions, self._running, *reserved)
 
     def _invocation(self, record: InvocationRecord) -> None:
-        add = self._increments.add
         invocation = record.invocation
         if invocation is None:
             reason = record.refusal if record.refusal in metrics.REFUSALS else metrics.OTHER
-            add(self._refusals[reason,])
+            self._increments.add(self._refusals[reason,])
             return
-        add(self._running, -1)
-        add(self._ended[invocation.status, invocation.error_code or metrics.NONE])
+        counted = [self._ended[invocation.status, invocation.error_code or metrics.NONE]]
         for attempt in invocation.attempts:
-            add(self._attempts[_outcome(attempt),])
+            counted.append(self._attempts[_outcome(attempt),])
             self._increments.observe(self._attempt_durations, attempt.duration_ms / 1000)
         if invocation.reservation is not None:
-            add(self._reservations["released" if invocation.cost is None else "charged",])
+            counted.append(self._reservations["released" if invocation.cost is None else "charged",])
             if invocation.cost_overrun:
-                add(self._reservations["overrun",])
+                counted.append(self._reservations["overrun",])
+        self._increments.subtract(self._running)
+        self._increments.add(*counted)
 
     def _decision(self, record: DecisionRecord) -> None:
         if not record.filters:
@@ -174,46 +172,66 @@ class PrometheusObservability(ObservabilityManager, Collector):
 
 class _Increments:
     """
-    Counts that are written together. In files that processes share, to write one takes longer than all else about it.
+    What is written together, from any thread: in files that processes share, to write one takes longer than all else
+    about it.
+
+    Whoever adds does so before looking whether somebody will write, and who writes says so before looking what is
+    there: so that nothing waits for ever, and nobody for a lock.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._sums: dict[Counter | Gauge, int] = {}
-        self._values: dict[_Histogram, list[float]] = {}
+        self._ups: list[Counter | Gauge] = []
+        self._downs: list[Gauge] = []
+        self._values: list[tuple[_Histogram, float]] = []
         self._writing: asyncio.AbstractEventLoop | None = None
+        self._turn = threading.Lock()
 
-    def add(self, series: Counter | Gauge, count: int = 1) -> None:
-        """It is written soon, by the running event loop; without one at once."""
-        with self._lock:
-            self._sums[series] = self._sums.get(series, 0) + count
-            self._write_soon()
+    def add(self, *series: Counter | Gauge) -> None:
+        """One to each. It is written soon, by the running event loop; without one at once."""
+        self._ups += series
+        self._write_soon()
+
+    def subtract(self, series: Gauge) -> None:
+        """The same for one less."""
+        self._downs.append(series)
+        self._write_soon()
 
     def observe(self, series: _Histogram, value: float) -> None:
         """The same for a value."""
-        with self._lock:
-            self._values.setdefault(series, []).append(value)
-            self._write_soon()
+        self._values.append((series, value))
+        self._write_soon()
 
     def write(self) -> None:
-        """What is there so far; from any thread."""
-        with self._lock:
-            sums, values = self._sums, self._values
-            self._sums, self._values, self._writing = {}, {}, None
-        for series, count in sums.items():
-            series.inc(count)
-        for histogram, observed in values.items():
-            histogram.observe_all(observed)
+        """What is there so far."""
+        with self._turn:
+            self._writing = None
+            for series, count in Counts(_taken(self._ups)).items():
+                series.inc(count)
+            for gauge, count in Counts(_taken(self._downs)).items():
+                gauge.dec(count)
+            observed: defaultdict[_Histogram, list[float]] = defaultdict(list)
+            for histogram, value in _taken(self._values):
+                observed[histogram].append(value)
+            for histogram, values in observed.items():
+                histogram.observe_all(values)
 
     def _write_soon(self) -> None:
         if self._writing is not None and not self._writing.is_closed():
             return
         try:
-            self._writing = asyncio.get_running_loop()
+            self._writing = loop = asyncio.get_running_loop()
         except RuntimeError:
             self.write()
         else:
-            self._writing.call_later(GATHERED_S, self.write)
+            loop.call_later(GATHERED_S, self.write)
+
+
+def _taken(items: list[S]) -> list[S]:
+    """What was in the list, and nothing that others append meanwhile: each of these steps is one to other threads."""
+    count = len(items)
+    taken = items[:count]
+    del items[:count]
+    return taken
 
 
 class _Series(dict[metrics.Values, S], Generic[S]):
