@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Scope: TypeAlias = dict[str, Any]
@@ -12,6 +12,12 @@ Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 AsgiApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def field_values(scope: Scope, name: bytes) -> list[bytes]:
-    """The values of a header field, one for each time that it was sent."""
-    return [value for field, value in scope["headers"] if field == name]
+Fields: TypeAlias = Mapping[bytes, Sequence[bytes]]
+
+
+def fields_of(scope: Scope) -> Fields:
+    """The header fields by their names in lower case: the values of each, one for each time that it was sent."""
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in scope["headers"]:
+        fields.setdefault(name, []).append(value)
+    return fields

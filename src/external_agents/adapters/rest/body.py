@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import falcon
 
-from external_agents.adapters.rest.asgi import Event, Receive, Scope, field_values
+from external_agents.adapters.rest.asgi import Event, Fields, Receive
 from external_agents.domain.errors import MalformedJson
 
 ARRIVED_BYTES_MAX = 256 * 1024
@@ -45,8 +45,8 @@ class BodyTooSlow(Exception):
 class RequestBody:
     """The body of one request. `ended` and `broken`: whether all of it has come, whether it stopped before its end."""
 
-    def __init__(self, scope: Scope, receive: Receive, limit_bytes: int, grace_s: float = GRACE_S) -> None:
-        self._scope = scope
+    def __init__(self, fields: Fields, receive: Receive, limit_bytes: int, grace_s: float = GRACE_S) -> None:
+        self._fields = fields
         self._receive = receive
         self._limit_bytes = limit_bytes
         self._grace_s = grace_s
@@ -96,7 +96,7 @@ class RequestBody:
         """Take a short body that nobody reads and that has come already, so that the connection stays of use."""
         if self._ended:
             return
-        waits_for_continue = not self._touched and any(field_values(self._scope, b"expect"))
+        waits_for_continue = not self._touched and any(self._fields.get(b"expect", ()))
         if not waits_for_continue and (self._declared_bytes or 0) <= ARRIVED_BYTES_MAX:
             await self._skip(ARRIVED_BYTES_MAX, ARRIVED_S)
 
@@ -136,26 +136,26 @@ class RequestBody:
         piece: bytes = event.get("body", b"")
         return piece
 
-    @cached_property
+    @property
     def _declared_bytes(self) -> int | None:
-        values = field_values(self._scope, b"content-length")
+        values = self._fields.get(b"content-length")
         return int(values[0]) if values and values[0].isdigit() else None
 
-    @cached_property
+    @property
     def _is_announced(self) -> bool:
         """HTTP/1 says by these two fields that a body follows; on HTTP/2 no body blocks a connection."""
-        return bool(self._declared_bytes) or any(field_values(self._scope, b"transfer-encoding"))
+        return bool(self._declared_bytes) or any(self._fields.get(b"transfer-encoding", ()))
 
     def _too_large(self) -> falcon.HTTPContentTooLarge:
         return falcon.HTTPContentTooLarge(description=f"The body is larger than {self._limit_bytes} bytes.")
 
     def _require_json(self, *, is_empty: bool) -> None:
-        codings = {value.strip().lower() for value in field_values(self._scope, b"content-encoding")}
+        codings = {value.strip().lower() for value in self._fields.get(b"content-encoding", ())}
         if codings - {b"identity", b""}:
             raise falcon.HTTPUnsupportedMediaType(
                 description="The body must not be compressed.", headers={"Accept-Encoding": "identity"}
             )
-        types = [value.decode("latin-1").strip() for value in field_values(self._scope, b"content-type")]
+        types = [value.decode("latin-1").strip() for value in self._fields.get(b"content-type", ())]
         if not types and is_empty:
             return
         if len(types) != 1 or not _is_json(types[0]):

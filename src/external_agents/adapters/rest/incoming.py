@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Final
 
 from falcon.asgi import Request
 
-from external_agents.adapters.rest.asgi import Receive, Scope
+from external_agents.adapters.rest.asgi import Fields, Receive, Scope, fields_of
 from external_agents.adapters.rest.body import RequestBody
 from external_agents.domain.access import Principal
 from external_agents.domain.errors import Unauthenticated
@@ -28,6 +29,7 @@ class Incoming:
     One request.
 
     Attributes:
+        fields: Of its head.
         request_id: The caller's X-Request-Id where it has a sane one, else a new one.
         trace_id: Of the caller's traceparent where it has a valid one, else a new one.
         principal: Who is asking, once that is known.
@@ -35,25 +37,17 @@ class Incoming:
         method: Its method, once it is known to be one that the route has.
     """
 
-    __slots__ = ("_authorizations", "body", "method", "principal", "request_id", "route", "trace_id")
+    __slots__ = ("body", "fields", "method", "principal", "request_id", "route", "trace_id")
 
     def __init__(self, scope: Scope, receive: Receive, body_limit_bytes: int, body_grace_s: float) -> None:
-        self.body = RequestBody(scope, receive, body_limit_bytes, body_grace_s)
+        self.fields: Fields = fields_of(scope)
+        self.body = RequestBody(self.fields, receive, body_limit_bytes, body_grace_s)
         self.principal: Principal | None = None
         self.route: str | None = None
         self.method: str | None = None
-        request_ids: list[bytes] = []
-        traceparents: list[bytes] = []
-        self._authorizations: list[bytes] = []
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                self._authorizations.append(value)
-            elif name == b"x-request-id":
-                request_ids.append(value)
-            elif name == b"traceparent":
-                traceparents.append(value)
-        self.request_id = _request_id(request_ids) or secrets.token_hex(16)
-        self.trace_id = _trace_id(traceparents) or secrets.token_hex(16)
+        new_ids = secrets.token_hex(32)
+        self.request_id = _request_id(self.fields.get(b"x-request-id", ())) or new_ids[:32]
+        self.trace_id = _trace_id(self.fields.get(b"traceparent", ())) or new_ids[32:]
 
     def enter(self, scope: Scope) -> Scope:
         """A copy of `scope` with this request in it, for `incoming_of`."""
@@ -64,6 +58,10 @@ class Incoming:
         """Whether a bearer token was sent, of whatever form."""
         return any(match and match["token"] for match in map(_BEARER.fullmatch, self._authorizations))
 
+    @property
+    def _authorizations(self) -> Sequence[bytes]:
+        return self.fields.get(b"authorization", ())
+
     def bearer_token(self) -> str:
         """
         The token of the Authorization field (RFC 6750, section 2.1).
@@ -71,7 +69,8 @@ class Incoming:
         Raises:
             Unauthenticated: There is not exactly one.
         """
-        match = _BEARER.fullmatch(self._authorizations[0].strip()) if len(self._authorizations) == 1 else None
+        sent = self._authorizations
+        match = _BEARER.fullmatch(sent[0].strip()) if len(sent) == 1 else None
         if match is None or not _TOKEN68.fullmatch(match["token"] or b""):
             raise Unauthenticated("There is no bearer token.")
         return match["token"].decode("ascii")
@@ -89,13 +88,13 @@ def principal_of(req: Request) -> Principal:
     return principal
 
 
-def _request_id(values: list[bytes]) -> str | None:
+def _request_id(values: Sequence[bytes]) -> str | None:
     if len(values) == 1 and _REQUEST_ID.fullmatch(values[0]):
         return values[0].decode("ascii")
     return None
 
 
-def _trace_id(values: list[bytes]) -> str | None:
+def _trace_id(values: Sequence[bytes]) -> str | None:
     """
     The trace id of a traceparent (W3C Trace Context, section 3.2).
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from uuid import UUID
 
 import attrs
 from falcon.asgi import Request
 
-from external_agents.adapters.rest.asgi import field_values
 from external_agents.adapters.rest.incoming import incoming_of
 from external_agents.domain.errors import ValidationError
 from external_agents.domain.json_values import JsonText, JsonValue, decode
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _NOTHING = UUID(int=0)
+_uuid = lru_cache(maxsize=4096)(UUID)
 
 _HEADERS: Mapping[str, str] = {"idempotency_key": "Idempotency-Key"}
 
@@ -27,7 +28,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 def id_of(text: str) -> UUID:
     """The id in a path. What is no id names nothing, as the nil UUID does, and is answered like an unknown one."""
-    return UUID(text) if _UUID.fullmatch(text) else _NOTHING
+    return _uuid(text) if _UUID.fullmatch(text) else _NOTHING
 
 
 async def document_of(req: Request) -> JsonValue:
@@ -47,13 +48,12 @@ async def payload_of(req: Request) -> JsonText:
 
 
 def lineage_hop_id_of(req: Request) -> str | None:
-    values = field_values(req.scope, b"x-lineage-hop-id")
-    return _text(b", ".join(values)) or None
+    return _text(b", ".join(incoming_of(req).fields.get(b"x-lineage-hop-id", ()))) or None
 
 
 def idempotency_key_of(req: Request) -> str | None:
     """The key; None where none is sent, and empty, which is no key, where there are several."""
-    values = list(field_values(req.scope, b"idempotency-key"))
+    values = incoming_of(req).fields.get(b"idempotency-key")
     if not values:
         return None
     return _text(values[0]).strip(" \t") if len(values) == 1 else ""
@@ -88,7 +88,7 @@ def demanded_versions(req: Request) -> frozenset[int] | None:
 
 
 def _combined(req: Request, name: bytes) -> str | None:
-    values = field_values(req.scope, name)
+    values = incoming_of(req).fields.get(name)
     return b",".join(values).decode("latin-1").strip() if values else None
 
 
