@@ -22,7 +22,7 @@ BUCKETS = 51
 LIMIT_MAX = 1_000_000_000
 
 
-class Window(enum.Enum):
+class Window(enum.StrEnum):
     MINUTE = "minute", 60
     HOUR = "hour", 3_600
     DAY = "day", 86_400
@@ -30,7 +30,7 @@ class Window(enum.Enum):
     seconds: int
 
     def __new__(cls, value: str, seconds: int) -> Window:
-        window = object.__new__(cls)
+        window = str.__new__(cls, value)
         window._value_ = value
         window.seconds = seconds
         return window

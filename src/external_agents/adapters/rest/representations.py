@@ -68,13 +68,13 @@ def invocation_json(invocation: ExternalAgentInvocation) -> Json:
         "external_agent_id": invocation.external_agent_id,
         "lineage_hop_id": invocation.lineage_hop_id,
         "initiated_by": invocation.initiated_by,
-        "status": invocation.status.value,
+        "status": invocation.status,
         "request_payload": _text(invocation.request),
         "response_payload": None if invocation.response is None else _text(invocation.response),
         "response_status": invocation.response_status,
         "attempts": [_attempt(attempt) for attempt in invocation.attempts],
         "execution_time_ms": invocation.execution_time_ms,
-        "error_code": invocation.error_code.value if invocation.error_code else None,
+        "error_code": invocation.error_code,
         "error_message": invocation.error_message,
         "cost": _money(invocation.cost) if invocation.cost else None,
         "cost_overrun": invocation.cost_overrun,
@@ -98,10 +98,10 @@ def quota_headers(quotas: RateQuotas) -> dict[str, str]:
         return {}
     return {
         "RateLimit-Policy": ", ".join(
-            f'"{quota.window.value}";q={quota.limit};w={quota.window.seconds}' for quota in quotas.quotas
+            f'"{quota.window}";q={quota.limit};w={quota.window.seconds}' for quota in quotas.quotas
         ),
         "RateLimit": ", ".join(
-            f'"{quota.window.value}";r={quota.remaining};t={math.ceil(quota.resets_in_s)}' for quota in quotas.quotas
+            f'"{quota.window}";r={quota.remaining};t={math.ceil(quota.resets_in_s)}' for quota in quotas.quotas
         ),
     }
 
