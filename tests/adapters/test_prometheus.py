@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import subprocess
@@ -19,7 +20,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from external_agents.adapters.telemetry.metrics import METRICS, REFUSALS, REQUEST_DURATION
-from external_agents.adapters.telemetry.prometheus import PrometheusObservability
+from external_agents.adapters.telemetry.prometheus import GATHERED_S, PrometheusObservability
 from external_agents.domain import errors, refusals
 from external_agents.domain.access import Action
 from external_agents.domain.budget import Money
@@ -309,3 +310,18 @@ except ConfigurationError as error:
         check=True,
     )
     assert done.stdout == f"PROMETHEUS_MULTIPROC_DIR {message}\n"
+
+
+async def test_what_is_gathered_is_written_soon_again_and_again() -> None:
+    """Without being asked for: other processes tell it, too."""
+    observability = PrometheusObservability()
+
+    def written() -> list[float]:
+        samples = [sample for family in observability._source.collect() for sample in family.samples]
+        return [sample.value for sample in samples if sample.name == "external_agents_batch_duration_seconds_count"]
+
+    for count in (1.0, 2.0):
+        observability(BatchRecord(admissions=1, settlements=0, waiting=0, duration_s=0.002))
+        async with asyncio.timeout(10):
+            while written() != [count]:  # noqa: ASYNC110 - nobody tells when it is
+                await asyncio.sleep(GATHERED_S)
