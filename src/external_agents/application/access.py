@@ -25,12 +25,7 @@ class Witness:
         try:
             self._manager(record)
         except Exception:
-            log_untold(record)
-
-
-def log_untold(record: Record) -> None:
-    """Where an ObservabilityManager has raised on it."""
-    _log.exception("the ObservabilityManager failed on a %s", type(record).__name__)
+            _log.exception("the ObservabilityManager failed on a %s", type(record).__name__)
 
 
 class AccessControl:

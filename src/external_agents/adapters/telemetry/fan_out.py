@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from external_agents.application.access import log_untold
+from external_agents.application.access import Witness
 from external_agents.ports.observability import ObservabilityManager, Record
 
 
@@ -10,11 +10,8 @@ class FanOut(ObservabilityManager):
     """Hands every record to each of several, in order; what one of them raises is logged, and the next goes on."""
 
     def __init__(self, *managers: ObservabilityManager) -> None:
-        self._managers = managers
+        self._witnesses = [Witness(manager) for manager in managers]
 
     def __call__(self, record: Record) -> None:
-        for manager in self._managers:
-            try:
-                manager(record)
-            except Exception:
-                log_untold(record)
+        for witness in self._witnesses:
+            witness(record)

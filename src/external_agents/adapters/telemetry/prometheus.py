@@ -176,7 +176,8 @@ class _Increments:
     about it.
 
     Whoever adds does so before looking whether somebody will write, and who writes says so before looking what is
-    there: so that nothing waits for ever, and nobody for a lock.
+    there, so that nothing is left without a lock around the adding. Those who write take turns: what one of them has
+    taken, the next one may count on.
     """
 
     def __init__(self) -> None:
