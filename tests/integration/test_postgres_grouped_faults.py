@@ -214,12 +214,12 @@ async def test_a_flood_on_an_agent_that_is_held_up_does_not_hold_up_others(
     stuck, other = await stored_agents(postgres_agents, 2)
     scene = await watched(postgres_engine)
     with held_up(postgres_url, stuck):
-        flood = asyncio.gather(*(scene.ledger.admit(make_request(stuck)) for _ in range(500)), return_exceptions=True)
+        flood = asyncio.gather(*(scene.ledger.admit(make_request(stuck)) for _ in range(1500)), return_exceptions=True)
         async with asyncio.timeout(WHILE_HELD_S):
             for _ in range(20):
                 await scene.ledger.admit(make_request(other))
     results = await flood
-    assert len(admitted(results)) == 500
+    assert len(admitted(results)) == 1500
 
 
 async def test_a_deadlock_with_another_session_reaches_nobody(
