@@ -115,7 +115,10 @@ class InvocationPipeline:
         """
         answer: asyncio.Future[Invoked] = asyncio.get_running_loop().create_future()
         self._tasks.start(self._run(assignment, answer))
-        return await answer
+        try:
+            return await answer
+        finally:
+            del answer  # It holds what it raises, which holds this frame: a circle, for the garbage collector to find.
 
     def tell_refusal(self, principal: Principal, agent_id: UUID, trace_id: str, refusal: str) -> None:
         """Leave a record of what stands against an admission."""
@@ -138,6 +141,7 @@ class InvocationPipeline:
             if not isinstance(refusal, StaleVersion | NotFound):  # It is decided on anew; it is none.
                 self._tell_refusal(assignment, type(refusal).__name__)
             _answer(answer, refusal)
+            del answer
             return
         if admission.replayed:
             self._tell_refusal(assignment, REPLAYED)

@@ -145,7 +145,10 @@ class GroupCommitter:
         """
         answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
         self._put(Admitting(request, answer, _now_s()))
-        return await answer
+        try:
+            return await answer
+        finally:
+            del answer  # It holds what it raises, which holds this frame: a circle, for the garbage collector to find.
 
     async def settle(self, finished: ExternalAgentInvocation) -> bool:
         """
@@ -156,7 +159,10 @@ class GroupCommitter:
         """
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._put(Settling(finished, answer, _now_s()))
-        return await answer
+        try:
+            return await answer
+        finally:
+            del answer  # As above.
 
     def _put(self, item: Admitting | Settling) -> None:
         lone = self._apart.of(item.lane, item.since_s)
