@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -671,6 +672,26 @@ class TestOutages:
         await tasks.drain(10)
         gc.collect()
         assert left() is None
+
+    async def test_a_refusal_leaves_nothing_to_the_garbage_collector(self, world: World) -> None:
+        """In a flood of refusals its pauses would be everybody's."""
+
+        async def refuse() -> None:
+            raise Unavailable("The database")
+
+        world.ledger.before_admit = refuse
+        tasks = TaskKeeper()
+        pipeline, assignment = world.pipeline(tasks), world.assignment(await world.agent())
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                with suppress(Unavailable):
+                    await pipeline.carry_out(assignment)
+            await tasks.drain(10)
+            assert gc.collect() < 20
+        finally:
+            gc.enable()
 
     async def test_a_lost_confirmation_does_not_charge_twice(self, world: World) -> None:
         agent = await world.agent(budget_config=RESERVED)
