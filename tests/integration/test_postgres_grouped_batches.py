@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections import Counter
+from contextlib import suppress
 from contextvars import ContextVar
 from decimal import Decimal
 from itertools import permutations
@@ -17,6 +18,7 @@ import attrs
 import psycopg
 import pytest
 from psycopg import sql
+from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from books import assert_books_balance
@@ -45,6 +47,7 @@ from external_agents.testing.builders import (
     refused,
     timed_out,
 )
+from garbage import garbage
 from grouped import LAST_MONTH, THIS_MONTH, admitted, held_up, names, settled_down, stored_agents, watched
 from postgres_server import OpenEngine, PostgresServer, ShiftedClock, dsn, wait_for_lock
 
@@ -66,6 +69,32 @@ async def test_what_comes_together_shares_a_call(postgres_agents: PostgresAgents
     assert [result.id for result in results[:40]] == [invocation.id for invocation in running]
     assert [result.invocation.request for result in results[40:]] == payloads * 2
     assert {result.invocation.external_agent_id for result in results[40:70]} == {one.id}
+
+
+async def test_who_is_refused_leaves_nothing_to_the_garbage_collector(
+    postgres_agents: PostgresAgents, postgres_engine: AsyncEngine
+) -> None:
+    [agent] = await stored_agents(postgres_agents, 1, status=AgentStatus.INACTIVE)
+    scene = await watched(postgres_engine)
+    with garbage() as left:
+        for _ in range(20):
+            with suppress(AgentInactive):
+                await scene.ledger.admit(make_request(agent))
+    assert len(left) < 20
+
+
+async def test_a_settlement_that_fails_leaves_nothing_to_the_garbage_collector(
+    postgres_agents: PostgresAgents, postgres_engine: AsyncEngine, postgres_url: str, open_engine: OpenEngine
+) -> None:
+    [agent] = await stored_agents(postgres_agents, 1)
+    [invocation] = await (await watched(postgres_engine)).running(agent)
+    nowhere = make_url(postgres_url).set(database="nowhere").render_as_string(hide_password=False)
+    ledger, finished = PostgresLedger(open_engine(nowhere), uuid4()), conclude(invocation)
+    with garbage() as left:
+        for _ in range(20):
+            with suppress(Unavailable):
+                await ledger.settle(finished)
+    assert not [one for one in left if isinstance(one, asyncio.Future)], Counter(type(one).__name__ for one in left)
 
 
 async def test_a_batch_is_bounded(postgres_agents: PostgresAgents, postgres_engine: AsyncEngine) -> None:

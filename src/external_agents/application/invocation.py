@@ -113,12 +113,7 @@ class InvocationPipeline:
             BudgetExceeded: As `InvocationLedger.admit` does.
             Unavailable: It was not admitted; or, with `invocation_id`, it has ended and that could not be stored yet.
         """
-        answer: asyncio.Future[Invoked] = asyncio.get_running_loop().create_future()
-        self._tasks.start(self._run(assignment, answer))
-        try:
-            return await answer
-        finally:
-            del answer  # It holds what it raises, which holds this frame: a circle, for the garbage collector to find.
+        return await self._begin(assignment)
 
     def tell_refusal(self, principal: Principal, agent_id: UUID, trace_id: str, refusal: str) -> None:
         """Leave a record of what stands against an admission."""
@@ -127,6 +122,15 @@ class InvocationPipeline:
                 at=self._clock.now(), principal=principal, agent_id=agent_id, trace_id=trace_id, refusal=refusal
             )
         )
+
+    def _begin(self, assignment: Assignment) -> asyncio.Future[Invoked]:
+        """
+        The answer, to be awaited and not to be kept: it holds what it raises, which holds the frame that awaits it, and
+        a variable there would close a circle that only the garbage collector finds.
+        """
+        answer: asyncio.Future[Invoked] = asyncio.get_running_loop().create_future()
+        self._tasks.start(self._run(assignment, answer))
+        return answer
 
     async def _run(self, assignment: Assignment, answer: asyncio.Future[Invoked]) -> None:
         try:
@@ -141,7 +145,7 @@ class InvocationPipeline:
             if not isinstance(refusal, StaleVersion | NotFound):  # It is decided on anew; it is none.
                 self._tell_refusal(assignment, type(refusal).__name__)
             _answer(answer, refusal)
-            del answer
+            del answer  # Or the refusal, which holds this frame, would hold itself.
             return
         if admission.replayed:
             self._tell_refusal(assignment, REPLAYED)

@@ -143,12 +143,8 @@ class GroupCommitter:
             ExternalAgentsError: As `InvocationLedger.admit` does.
             LeaseLost: A heartbeat has to come first.
         """
-        answer: asyncio.Future[Admitted] = asyncio.get_running_loop().create_future()
-        self._put(Admitting(request, answer, _now_s()))
-        try:
-            return await answer
-        finally:
-            del answer  # It holds what it raises, which holds this frame: a circle, for the garbage collector to find.
+        admitted: Admitted = await self._put(Admitting(request, asyncio.get_running_loop().create_future(), _now_s()))
+        return admitted
 
     async def settle(self, finished: ExternalAgentInvocation) -> bool:
         """
@@ -157,14 +153,14 @@ class GroupCommitter:
         Raises:
             Unavailable: Whether it was settled is unknown.
         """
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._put(Settling(finished, answer, _now_s()))
-        try:
-            return await answer
-        finally:
-            del answer  # As above.
+        settled: bool = await self._put(Settling(finished, asyncio.get_running_loop().create_future(), _now_s()))
+        return settled
 
-    def _put(self, item: Admitting | Settling) -> None:
+    def _put(self, item: Admitting | Settling) -> asyncio.Future[Any]:
+        """
+        The answer, to be awaited and not to be kept: it holds what it raises, which holds the frame that awaits it, and
+        a variable there would close a circle that only the garbage collector finds.
+        """
         lone = self._apart.of(item.lane, item.since_s)
         try:
             (lone.lines if lone else self._shared).put(item)
@@ -173,6 +169,7 @@ class GroupCommitter:
         if lone:
             self._apart.await_turn(lone)
         self._start(self._alone if lone else self._together)
+        return item.answer
 
     def _start_all(self) -> None:
         for side in self._sides:
