@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -180,12 +180,12 @@ def test_a_faulty_document_is_one_line_for_each_fault(serve: Serve) -> None:
 
 @beside
 def test_agents_are_invoked_and_the_record_read_beside_a_running_serve(serve: Serve) -> None:
-    home = serve.home
+    home, org = serve.home, f"shell-{uuid4().hex}"
     with agent_in_thread(Reply(body=b'{"big": 12345678901234567890123}')) as agent:
         document = {"name": "E", "provider": "custom", "webhook_url": agent.url, "auth_type": "none", "max_attempts": 1}
-        create = ("agents", "create", "--org", "shell")
+        create = ("agents", "create", "--org", org)
         made = succeed_json(*create, home=home, stdin=json.dumps(document), env=LOOPBACK)
-        invoke = ("invoke", made["id"], "--org", "shell")
+        invoke = ("invoke", made["id"], "--org", org)
         assert succeed(*invoke, '{"a":  1}', home=home, env=LOOPBACK) == '{"big": 12345678901234567890123}\n'
         record = succeed_json(*invoke, home=home, stdin="[1.10]", env=LOOPBACK)
         assert [seen.body for seen in agent.requests] == [b'{"a":  1}', b"[1.10]"]
@@ -207,29 +207,27 @@ def test_agents_are_invoked_and_the_record_read_beside_a_running_serve(serve: Se
         assert len(agent.requests) == 4
         assert "another payload" in failure(run("invoke", *keyed[:-1], "{}", home=home, env=LOOPBACK))
 
-    usage = ("agents", "usage", made["id"], "--org", "shell")
+    usage = ("agents", "usage", made["id"], "--org", org)
     assert succeed_json(*usage, home=home) == {
         "rate_limit": {"minute": None, "hour": None, "day": None},
         "budget": None,
     }
     assert fields_of(succeed(*usage, home=home)) == {"minute": "null", "hour": "null", "day": "null", "budget": "null"}
-    listed = succeed_json("invocations", "list", "--org", "shell", "--limit", "4", home=home)
+    listed = succeed_json("invocations", "list", "--org", org, "--limit", "4", home=home)
     assert [item["status"] for item in listed["items"]] == ["succeeded", "failed", "failed", "succeeded"]
     assert listed["items"][3] == record
-    more = ("invocations", "list", "--org", "shell", "--cursor", listed["next_cursor"])
+    more = ("invocations", "list", "--org", org, "--cursor", listed["next_cursor"])
     assert [item["request_payload"] for item in succeed_json(*more, home=home)["items"]] == [{"a": 1}]
-    table = run("invocations", "list", "--org", "shell", "--status", "succeeded", home=home).stdout.splitlines()
+    table = run("invocations", "list", "--org", org, "--status", "succeeded", home=home).stdout.splitlines()
     assert table[0].split() == ["id", "agent", "status", "created", "ms", "cost"]
     assert [line.split()[2] for line in table[1:]] == ["succeeded", "succeeded", "succeeded"]
-    show = ("invocations", "show", made["id"], record["id"], "--org", "shell")
+    show = ("invocations", "show", made["id"], record["id"], "--org", org)
     assert succeed_json(*show, home=home) == record
     fields = fields_of(succeed(*show, home=home))
     assert fields["response_payload"] == '{"big": 12345678901234567890123}'
     assert set(fields) == set(record)
-    assert "No such invocation" in failure(
-        run("invocations", "show", made["id"], UNKNOWN_ID, "--org", "shell", home=home)
-    )
-    assert "since" in failure(run("invocations", "list", "--org", "shell", "--since", "yesterday", home=home))
+    assert "No such invocation" in failure(run("invocations", "show", made["id"], UNKNOWN_ID, "--org", org, home=home))
+    assert "since" in failure(run("invocations", "list", "--org", org, "--since", "yesterday", home=home))
 
 
 @beside

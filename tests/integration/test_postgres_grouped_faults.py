@@ -330,6 +330,18 @@ async def test_nothing_is_left_when_all_is_quiet(
     assert not committer._apart
 
 
+async def test_nothing_is_left_by_who_retires(postgres_agents: PostgresAgents, postgres_engine: AsyncEngine) -> None:
+    """A process that ends at once would break off the giving back of a connection, and say so."""
+    [agent] = await stored_agents(postgres_agents, 1)
+    scene = await watched(postgres_engine)
+    await scene.ledger.settle(conclude(*await scene.running(agent)))
+    [committer] = scene.ledger._committers
+    assert committer._tasks, "else this shows nothing"
+    await scene.ledger.retire()
+    assert not committer._tasks
+    assert postgres_engine.sync_engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("while_given_back", [False, True], ids=["held", "given back"])
 async def test_an_engine_that_is_disposed_of_leaves_no_connection_open(
     postgres_url: str, postgres_agents: PostgresAgents, open_engine: OpenEngine, while_given_back: bool

@@ -28,6 +28,9 @@ BUDGET = {"budget_config": {"max_cost_per_invocation": 1}}
 ANSWERED_S = 20.0
 """Whoever asks while nothing answers has got an answer by then."""
 
+RETIRED_S = 12.0
+"""Shorter than a statement is waited for when its server says nothing."""
+
 
 @pytest.fixture(scope="module")
 def mortal_server() -> Iterator[PostgresServer]:
@@ -226,6 +229,23 @@ async def test_a_server_that_stands_still_keeps_nobody_waiting(
     [committer] = scene.ledger._committers
     await until(lambda: not committer._tasks)
     await all_is_well(mortal_url, scene, engine, agents)
+
+
+async def test_who_retires_from_a_server_that_stands_still_leaves_nothing_either(
+    mortal_server: PostgresServer, mortal_url: str, open_engine: OpenEngine
+) -> None:
+    engine = open_engine(mortal_url)
+    [agent] = await agents_on(engine, 1)
+    scene = await watched(engine)
+    with mortal_server.standing_still():
+        work = asyncio.create_task(scene.ledger.admit(make_request(agent)))
+        [committer] = scene.ledger._committers
+        await until(lambda: bool(committer._tasks))
+        async with asyncio.timeout(RETIRED_S):
+            with pytest.raises(Unavailable):
+                await scene.ledger.retire()
+        assert not committer._tasks
+        assert names(await settled_down(work)) == {"AdmissionInDoubt"}
 
 
 async def test_a_pool_that_is_exhausted_is_told(

@@ -125,13 +125,15 @@ class PostgresLedger(InvocationLedger):
 
     async def retire(self) -> None:
         """
-        End this instance in good order, after the last settlement, so that nobody has to wait for its lease.
+        End this instance in good order, after the last settlement, so that nobody has to wait for its lease, and
+        nothing is left that uses the engines.
 
         What is left running all the same, the next recovery ends.
 
         Raises:
             Unavailable: The lease runs out by itself.
         """
+        await asyncio.gather(*(committer.end() for committer in self._committers))
         await self._instance.retire()
 
     async def _committer_of(self, org_id: str) -> GroupCommitter:

@@ -19,7 +19,7 @@ from uuid import UUID
 import attrs
 import psycopg
 from psycopg.rows import args_row
-from sqlalchemy import Engine, event
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
@@ -108,7 +108,7 @@ class _Turn:
 
 class GroupCommitter:
     """
-    Tasks of its own carry the batches; they end when nothing waits, so there is nothing to close.
+    Tasks of its own carry the batches; they end soon after nothing waits. `end` is for who cannot wait so long.
 
     Args:
         engine: At most three of its connections are used, in ordinary times one.
@@ -135,7 +135,7 @@ class GroupCommitter:
         self._apart = Apart()
         self._together, self._alone = self._sides = _Side(self._shared, 1), _Side(self._apart, APART_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
-        event.listen(engine.sync_engine, "engine_disposed", self._let_go)
+        event.listen(engine.sync_engine, "engine_disposed", lambda _: self._let_go())
 
     async def admit(self, request: AdmissionRequest) -> Admitted:
         """
@@ -155,6 +155,15 @@ class GroupCommitter:
         """
         settled: bool = await self._put(Settling(finished, asyncio.get_running_loop().create_future(), _now_s()))
         return settled
+
+    async def end(self) -> None:
+        """When nobody asks any more: the connections lie in the pool again, and those that hang are cut."""
+        self._let_go()
+        if self._tasks:
+            _, hanging = await asyncio.wait(self._tasks, timeout=PATIENCE_S)
+            for task in hanging:
+                task.cancel()
+            await asyncio.gather(*hanging, return_exceptions=True)
 
     def _put(self, item: Admitting | Settling) -> asyncio.Future[Any]:
         """
@@ -230,8 +239,8 @@ class GroupCommitter:
             if self._engine.sync_engine.pool is not pool:
                 await greenlet_spawn(pool.dispose)  # Which was done before this connection lay in it again.
 
-    def _let_go(self, engine: Engine) -> None:
-        """The engine has closed what lies in its pool; what is held here is to go there, and to be closed, too."""
+    def _let_go(self) -> None:
+        """When an engine closes what lies in its pool: what is held here is to go there, and to be closed, too."""
         for side in self._sides:
             side.wake()
 
