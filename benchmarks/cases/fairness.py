@@ -13,6 +13,8 @@ CALLERS = 4
 PACE_S = 0.2
 """Of each caller, all together 20 calls a second; one alone would wait for itself where an answer takes longer."""
 ROUNDS_MAX = 3
+ROUND_LENGTHS = 4
+"""How much longer a round is than elsewhere: in 180 calls the 99th percentile would be the second slowest."""
 LEAD_S = 1.0
 """From the start of a flood to the first call of its victim, and from its last one to the flood's end."""
 
@@ -49,18 +51,24 @@ def fairness(bench: Workbench) -> Outcome:
 
 
 def _alone(variant: Variant, call: str) -> Round:
-    return variant.round(
-        "alone", connections=CALLERS, requests=[call], pace_s=PACE_S, seconds=variant.bench.plan.seconds
-    )
+    return _called(variant, call, "alone")
 
 
 def _beside(variant: Variant, call: str, what: str, flood: str, expected: Sequence[str]) -> Round:
-    seconds = variant.bench.plan.seconds
-    running = variant.begin(connections=FLOOD_CONNECTIONS, requests=[flood], seconds=seconds + 2 * LEAD_S)
+    seconds = _round_s(variant) + 2 * LEAD_S
+    running = variant.begin(connections=FLOOD_CONNECTIONS, requests=[flood], seconds=seconds)
     time.sleep(LEAD_S)
-    done = variant.round(f"beside {what}", connections=CALLERS, requests=[call], pace_s=PACE_S, seconds=seconds)
+    done = _called(variant, call, f"beside {what}")
     variant.take(running, expected)
     return done
+
+
+def _called(variant: Variant, call: str, what: str) -> Round:
+    return variant.round(what, connections=CALLERS, requests=[call], pace_s=PACE_S, seconds=_round_s(variant))
+
+
+def _round_s(variant: Variant) -> float:
+    return ROUND_LENGTHS * variant.bench.plan.seconds
 
 
 def _raised(what: str, beside: Sequence[Round], alone: Sequence[Round], bound: Bound | None) -> Finding:
