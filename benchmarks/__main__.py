@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cases", type=_cases, default=list(CASES), metavar="NAME[,NAME…]", help="all by default")
     parser.add_argument("--rounds", type=_positive, default=9, help="of each variant, interleaved (default: 9)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each round (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="of each round, fairness's four times as long (default: 3)"
+    )
     parser.add_argument("--rows", type=_positive, default=10_000_000, help="in the full table (default: 10,000,000)")
     parser.add_argument("--workers", type=_positive, default=2, help="of gunicorn, for all variants (default: 2)")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="default: results.json beside this")

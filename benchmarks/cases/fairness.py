@@ -28,10 +28,10 @@ def fairness(bench: Workbench) -> Outcome:
         for variant in (ours, forward):
             variant.warm_up(FLOOD_CONNECTIONS)
         for number in range(min(ROUNDS_MAX, bench.plan.rounds)):
-            alone.append(_alone(ours, victim))
+            alone.append(_called(ours, victim, "alone"))
             admitted.append(_beside(ours, victim, "admitted flood", flooded, ("200", "503")))
             refused.append(_beside(ours, victim, "refused flood", shut, ("429",)))
-            free.append(_alone(forward, any_call))
+            free.append(_called(forward, any_call, "alone"))
             crowded.append(_beside(forward, any_call, "flood", any_call, ("200",)))
             bench.tell(
                 f"  round {number + 1}: p99 "
@@ -48,10 +48,6 @@ def fairness(bench: Workbench) -> Outcome:
             _raised(f"{what}, over alone, both through forward", crowded, free, None),
         ]
         return outcome(findings, ours, forward)
-
-
-def _alone(variant: Variant, call: str) -> Round:
-    return _called(variant, call, "alone")
 
 
 def _beside(variant: Variant, call: str, what: str, flood: str, expected: Sequence[str]) -> Round:

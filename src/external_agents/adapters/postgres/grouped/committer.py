@@ -240,7 +240,7 @@ class GroupCommitter:
                 await greenlet_spawn(pool.dispose)  # Which was done before this connection lay in it again.
 
     def _let_go(self) -> None:
-        """When an engine closes what lies in its pool: what is held here is to go there, and to be closed, too."""
+        """What is held while nothing waits goes to the pool; one whose engine was disposed of closes it then."""
         for side in self._sides:
             side.wake()
 
